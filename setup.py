@@ -1,0 +1,28 @@
+"""Install scaledreamer. Everything that may change is in settings.ini, which nbdev reads too."""
+from configparser import ConfigParser
+from pathlib import Path
+from setuptools import find_packages, setup
+
+here = Path(__file__).parent
+settings = ConfigParser(delimiters=["="])
+settings.read(here / "settings.ini", encoding="utf-8")
+cfg = settings["DEFAULT"]
+
+setup(
+    name=cfg["lib_name"],
+    version=cfg["version"],
+    description=cfg["description"],
+    long_description=(here / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    author=cfg["author"],
+    author_email=cfg["author_email"],
+    license="Apache-2.0",
+    python_requires=f">={cfg['min_python']}",
+    packages=find_packages(include=["scaledreamer", "scaledreamer.*"]),
+    package_data={"scaledreamer": ["assets/**/*"]},
+    install_requires=cfg["requirements"].split(),
+    extras_require={"dev": cfg["dev_requirements"].split()},
+    entry_points={"console_scripts": ["scaledreamer = scaledreamer.train.cli:main"],
+                  "nbdev": [f"{cfg['lib_name']}={cfg['lib_name']}._modidx:d"]},
+    zip_safe=False,
+)
