@@ -9,7 +9,7 @@ __all__ = ['UsageError', 'RunError', 'to_json', 'from_json', 'replacing', 'write
 import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
 from types import NoneType, UnionType
@@ -83,10 +83,8 @@ def _member(value: Any, hint: Any, where: str) -> Any:
         return _parse(value, members[0], where)  # a message from inside is the exact one
     fits = []
     for member in members:
-        try:
+        with suppress(UsageError):
             fits.append(_parse(value, member, where))
-        except UsageError:
-            continue
     if not fits:
         raise _wrong(where, value, hint)
     if sum(is_dataclass(fit) for fit in fits) > 1:

@@ -1,0 +1,23 @@
+"""Before anything is imported: the library's annotations are checked at run time, and nothing is downloaded."""
+
+import ast
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("MPLBACKEND", "Agg")
+
+from jaxtyping import _import_hook, install_import_hook  # noqa: E402
+
+_unchecked = _import_hook._is_no_type_check
+
+
+def _is_unchecked(decorator: ast.expr) -> bool:
+    "`@no_type_check`, and what numba compiles: it cannot compile a wrapper."
+    compiled = {"njit", "jit", "vectorize", "guvectorize", "stencil"}
+    names = {getattr(node, "id", None) or getattr(node, "attr", None) for node in ast.walk(decorator)}
+    return _unchecked(decorator) or bool(compiled & names)
+
+
+_import_hook._is_no_type_check = _is_unchecked
+install_import_hook("scaledreamer", "runtime_types.check")

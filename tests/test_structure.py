@@ -1,0 +1,210 @@
+"""The house rules that no notebook can check about itself: the exported library imports and names nothing that is not there,
+imports point back, and every generated file is what its source makes it."""
+
+import ast
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+NBS, LIB = ROOT / "nbs", ROOT / "scaledreamer"
+NOTEBOOKS = sorted(path for path in NBS.rglob("*.ipynb") if not any(part.startswith((".", "_")) for part in path.relative_to(NBS).parts))
+BELOW = ("camera", "field", "render", "generator")  # never see the 2D arm, only `train` joins the two
+ABOVE = ("curve", "distill")
+
+
+def run(*command: object, cwd: Path = ROOT) -> subprocess.CompletedProcess:
+    found = {"PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])}
+    return subprocess.run([str(c) for c in command], cwd=cwd, env=os.environ | found, capture_output=True, text=True)
+
+
+def name(path: Path) -> str:
+    return path.relative_to(NBS).as_posix()
+
+
+@cache
+def cells(path: Path) -> list[dict]:
+    return json.loads(path.read_text(encoding="utf-8"))["cells"]
+
+
+def source(cell: dict) -> str:
+    return "".join(cell["source"])
+
+
+def code(path: Path) -> list[str]:
+    return [source(cell) for cell in cells(path) if cell["cell_type"] == "code"]
+
+
+def exported(path: Path) -> list[str]:
+    return [text for text in code(path) if re.search(r"^#\|\s*export\b", text, re.MULTILINE)]
+
+
+def is_evidence(text: str) -> bool:
+    "Code that is neither exported nor only imports and comments."
+    lines = [line for line in text.splitlines() if line.strip() and not line.startswith("#")]
+    return not re.search(r"^#\|\s*(export|default_exp)\b", text, re.MULTILINE) and not all(
+        line.startswith(("import ", "from ", "%")) for line in lines
+    )
+
+
+def module(path: Path) -> str | None:
+    found = re.search(r"^#\|\s*default_exp\s+(\S+)", "\n".join(code(path)), re.MULTILINE)
+    return found and f"scaledreamer.{found[1]}"
+
+
+ROOMS = {module(path): path for path in NOTEBOOKS if module(path)}
+
+
+def place(path: Path) -> tuple[str, str]:
+    "The (NN, MM) of a notebook; index.ipynb is before all."
+    return path.parent.name[:2] if path.parent != NBS else "", path.name[:2]
+
+
+def imported(text: str) -> set[str]:
+    "Names of modules of ours that a piece of code imports."
+    names = set()
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "scaledreamer":
+            inner = {f"{node.module}.{alias.name}" for alias in node.names}
+            names |= inner if inner & ROOMS.keys() else {node.module}
+        elif isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names if alias.name.split(".")[0] == "scaledreamer"}
+    return names
+
+
+# the library -----------------------------------------------------------------------------------------------------------------
+
+
+def test_every_module_imports_alone():
+    "In a fresh process without the checks of conftest.py, with nothing of ours imported before."
+    script = """
+import importlib, sys, warnings
+for name in sys.argv[1:]:
+    for old in [m for m in sys.modules if m.split(".")[0] == "scaledreamer"]:
+        del sys.modules[old]
+    importlib.import_module(name)
+"""
+    result = run(sys.executable, "-c", script, "scaledreamer", *sorted(ROOMS))
+    assert result.returncode == 0, result.stderr
+    assert not result.stdout, f"an import prints: {result.stdout}"
+
+
+def test_every_name_is_there():
+    result = run(sys.executable, "-m", "ruff", "check", "--isolated", "--no-cache", "--select", "F821,F811", LIB)
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+def test_no_module_without_a_notebook():
+    modules = {".".join(path.relative_to(ROOT).with_suffix("").parts) for path in LIB.rglob("*.py")}
+    assert {m for m in modules if not m.endswith(("__init__", "._modidx"))} == set(ROOMS)
+
+
+# the notebooks ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", ROOMS.values(), ids=name)
+def test_a_room_is_where_its_name_says(path):
+    assert module(path) == f"scaledreamer.{path.parent.name[3:]}.{path.stem[3:]}"
+
+
+def test_no_two_rooms_have_one_number():
+    places = [place(path) for path in NOTEBOOKS]
+    assert len(set(places)) == len(places), sorted(p for p in places if places.count(p) > 1)
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=name)
+def test_imports_point_back(path):
+    for other in imported("\n".join(exported(path))):
+        assert other in ROOMS, f"{name(path)} imports {other}, which no notebook exports"
+        assert place(ROOMS[other]) < place(path), f"{name(path)} imports {other}, which comes later"
+        stage, seen = path.parent.name[3:], other.split(".")[1]
+        assert stage not in BELOW or seen not in ABOVE, f"{name(path)} imports {other}: the 3D arm knows nothing of the 2D one"
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=name)
+def test_sizes(path):
+    assert path.stat().st_size <= 400_000
+    assert sum(len(text.splitlines()) for text in code(path)) <= 250, "more than 250 lines of code: split the room"
+    for text in exported(path):
+        lines = [line for line in text.splitlines() if line.strip() and not line.startswith("#|")]
+        assert len(lines) <= 40, f"an export cell of {len(lines)} lines (house: 40) starts with {lines[0]}"
+    evidence = sum(map(is_evidence, code(path)))
+    assert evidence >= 0.9 * len(exported(path)), f"{evidence} cells of evidence for {len(exported(path))} exported ones"
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=name)
+def test_committed_as_it_ran(path):
+    outputs = [output for cell in cells(path) for output in cell.get("outputs", [])]
+    assert outputs or not any(map(is_evidence, code(path))), "committed without any output: run it"
+    for output in outputs:
+        assert output["output_type"] != "error", output
+        assert output.get("name") != "stderr", f"something on stderr: {output['text']}"
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=name)
+def test_nothing_of_one_machine(path):
+    "No absolute path, no timing, in what is written or shown; pictures are not text."
+    texts = [source(cell) for cell in cells(path)]
+    for output in (output for cell in cells(path) for output in cell.get("outputs", [])):
+        shown = {"text/": output.get("text", "")} | output.get("data", {})
+        texts += ["".join(value) for kind, value in shown.items() if kind.startswith("text/")]
+    for text in texts:
+        assert not re.search(r"(?<![\w./:])/(home|root|work|tmp|Users|mnt|opt|usr|var)/\w", text), text
+        assert not re.search(r"\b(CPU times|Wall time)\b|\bit/s\b", text), text
+
+
+# generated files -------------------------------------------------------------------------------------------------------------
+
+
+def tree(folder: Path, pattern: str) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(folder.rglob(pattern))}
+
+
+def differing(one: dict[str, bytes], other: dict[str, bytes]) -> list[str]:
+    return sorted(key for key in one.keys() | other.keys() if one.get(key) != other.get(key))
+
+
+@pytest.fixture(scope="module")
+def fresh(tmp_path_factory) -> Path:
+    "A copy of the notebooks alone, cleaned and exported."
+    folder = tmp_path_factory.mktemp("fresh") / "repository"
+    for path in [*NOTEBOOKS, ROOT / "settings.ini", LIB / "__init__.py"]:
+        target = folder / path.relative_to(ROOT)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, target)
+    for command in ("nbdev_clean", "nbdev_export"):
+        result = run(Path(sys.executable).parent / command, cwd=folder)
+        assert result.returncode == 0, result.stderr
+    return folder
+
+
+def test_the_library_is_what_the_notebooks_export(fresh):
+    assert not differing(tree(LIB, "*.py"), tree(fresh / "scaledreamer", "*.py")), "run nbdev_export"
+
+
+def test_the_notebooks_are_clean(fresh):
+    ours = {name(path): path.read_bytes() for path in NOTEBOOKS}
+    assert not differing(ours, tree(fresh / "nbs", "*.ipynb")), "run nbdev_clean"
+
+
+def test_the_readme_is_what_the_index_says():
+    result = run(sys.executable, ROOT / "tools/readme.py", "--check")
+    assert result.returncode == 0, result.stderr
+
+
+def test_every_link_leads_somewhere():
+    for path in [ROOT / "README.md", *NOTEBOOKS]:
+        text = path.read_text(encoding="utf-8")
+        if path.suffix == ".ipynb":
+            text = "\n".join(source(cell) for cell in cells(path) if cell["cell_type"] == "markdown")
+        for target in re.findall(r"""\]\(([^)\s]+)\)|\b(?:src|href)="([^"]+)\"""", text):
+            target = "".join(target).partition("#")[0]
+            if target and not re.match(r"[a-z]+:", target):
+                assert (path.parent / target).exists(), f"{path.relative_to(ROOT)} links to {target}, which is not there"
