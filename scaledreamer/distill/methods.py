@@ -28,10 +28,10 @@ class ScoreGradient:
     source: Float[Tensor, "b ..."]  # noise that stands for the distribution of the renders
     weight: Float[Tensor, " b"]  # w(t)
     t: Int[Tensor, " b"]
-    t_shifted: Int[Tensor, " b"] | None = None  # of the source, where it has another
+    t_shifted: Int[Tensor, " b"]  # timestep of the source; t where the method shifts nothing
 
 
-def _score(prior: Prior, weight: Weight, target: Tensor, source: Tensor, t: Tensor, t_shifted: Tensor | None = None) -> ScoreGradient:
+def _score(prior: Prior, weight: Weight, target: Tensor, source: Tensor, t: Tensor, t_shifted: Tensor) -> ScoreGradient:
     w = weight(prior.schedule, t)
     gradient = w.to(target.dtype).reshape(-1, *[1] * (target.ndim - 1)) * (target - source)
     return ScoreGradient(gradient, target, source, w, t, t_shifted)
@@ -71,7 +71,7 @@ def sds(prior, latents, text, t, noise, t_shifted=None, guidance=100.0, weight=s
     "Score Distillation Sampling: the renders are points. A `Method`; `t_shifted` plays no part."
     x_t = prior.schedule.add_noise(latents, noise, t)
     answers = predict_together(prior, _questions(x_t, t, text), camera)
-    return _score(prior, weight, _guided(answers, text, guidance), noise, t)
+    return _score(prior, weight, _guided(answers, text, guidance), noise, t, t)
 
 
 @torch.no_grad()
@@ -79,7 +79,7 @@ def csd(prior, latents, text, t, noise, t_shifted=None, guidance=1.0, weight=sds
     "Classifier Score Distillation: the renders are images of anything. A `Method`; `t_shifted` plays no part."
     x_t = prior.schedule.add_noise(latents, noise, t)
     answers = predict_together(prior, _questions(x_t, t, text), camera)
-    return _score(prior, weight, _guided(answers, text, guidance), answers[1], t)
+    return _score(prior, weight, _guided(answers, text, guidance), answers[1], t, t)
 
 # %% ../../nbs/04_distill/02_methods.ipynb #4444b550
 @torch.no_grad()

@@ -86,17 +86,15 @@ class MixturePrior:
         weights: Weights | None = None,  # of the components of each caption; None: equal
         schedule: NoiseSchedule | None = None,  # None: Stable Diffusion's
     ) -> None:
-        if std < 0:
+        if not std >= 0:
             raise UsageError(f"std is {std}: expected a bandwidth of at least 0")
         self.captions = tuple(components)
         self.components = Components(components, weights)
         self.latent_shape = tuple(next(iter(components.values())).shape[1:])
-        self.std, self.schedule = std, schedule or scaled_linear()
+        self.std, self.schedule, self._rows = std, schedule or scaled_linear(), {}
         self.image_size = self.latent_shape[-1] if len(self.latent_shape) == 3 else 0  # 0: not images
-        self._rows: dict[str, Tensor] = {}
 
     def to(self, device: str | torch.device) -> Self:
-        "Moves the components, in place."
         self.components.to(device)
         self.schedule = self.schedule.to(device)
         self._rows.clear()
