@@ -7,7 +7,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("MPLBACKEND", "Agg")
 
-from jaxtyping import _import_hook, install_import_hook  # noqa: E402
+from jaxtyping import _import_hook, install_import_hook
 
 _unchecked = _import_hook._is_no_type_check
 

@@ -33,6 +33,7 @@ def room(path: Path) -> str:
     if not title or not claim:
         sys.exit(f"{path.relative_to(ROOT)}: expected a title (# ...) and a line that says what it is for (> ...)")
     words = " ".join(line.lstrip("> ") for line in claim[0].splitlines()).replace("|", "\\|")
+    words = re.sub(r"\[([^]]+)\]\([^)]*\)", r"\1", words)  # its links start at its own folder
     return f"| `{place}` | [{title[1]}]({path.relative_to(INDEX.parent).as_posix()}) | {words} |"
 
 
