@@ -21,8 +21,8 @@ from .base import TextEmbedding
 from .schedule import NoiseSchedule, scaled_linear
 
 # %% ../../nbs/02_prior/02_mixture.ipynb #933f0fb4
-Means = Mapping[str, Float[Tensor, "k ..."]]  # by caption; k may differ
-Weights = Mapping[str, Float[Tensor, " k"]]  # above 0; scaled to sum to 1
+Means = Mapping[str, Float[Tensor, "_ ..."]]  # by caption; k may differ
+Weights = Mapping[str, Float[Tensor, " _"]]  # above 0; scaled to sum to 1
 
 
 def _check_components(means: Means, weights: Weights) -> None:
