@@ -12,6 +12,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
+from inspect import unwrap
 from types import FunctionType
 
 import numpy as np
@@ -23,11 +24,11 @@ from ..core.settings import UsageError
 
 # %% ../../nbs/08_render/00_sampling.ipynb #f55ff9ba
 def inverse_cdf(
-    edges: Float[Tensor, "... m+1"],  # ascending
-    cdf: Float[Tensor, "... m+1"],  # non-decreasing from 0 to 1, at the edges
+    edges: Float[Tensor, "... e"],  # ascending
+    cdf: Float[Tensor, "... e"],  # non-decreasing from 0 to 1, at the edges
     samples: int,  # n, at least 1
     bias: Float[Tensor, "..."] | None = None,  # in [0, 1), one a ray; 0.5 when None
-) -> Float[Tensor, "... n"]:  # ascending
+) -> Float[Tensor, "... {samples}"]:  # ascending
     "Positions at which `cdf` reaches `(i + bias) / n` (nerfacc's rule, FACTS 3.2)."
     if samples < 1:
         raise UsageError(f"inverse_cdf: samples is {samples}; ask for at least 1 a ray")
@@ -61,7 +62,7 @@ def uniform_edges(
     far: Float[Tensor, "..."],  # t_f >= t_n
     samples: int,  # n, at least 1
     bias: Float[Tensor, "..."] | None = None,  # in [0, 1), one a ray; 0.5 when None
-) -> Float[Tensor, "... n+1"]:
+) -> Float[Tensor, "... {samples}+1"]:
     "Edges of `n` intervals of one length; a bias other than 0.5 shifts them, and the outer ones are cut at near and far."
     if samples < 1:
         raise UsageError(f"uniform_edges: samples is {samples}; ask for at least 1 a ray")
@@ -78,7 +79,7 @@ def importance_edges(
     fine: int = 64,  # intervals drawn from the distribution
     bias_coarse: Float[Tensor, "..."] | None = None,  # in [0, 1), one a ray; 0.5 when None
     bias_fine: Float[Tensor, "..."] | None = None,
-) -> Float[Tensor, "... coarse+fine+2"]:
+) -> Float[Tensor, "... {coarse}+{fine}+2"]:
     "Sorted union of coarse and fine edges (FACTS 3.2). The density is asked once, without gradient."
     edges = uniform_edges(near, far, coarse, bias_coarse)
     with torch.no_grad():
@@ -105,7 +106,7 @@ def look_along(
     near: Float[Tensor, "b r"],
     far: Float[Tensor, "b r"],
     looks: int,  # evenly spaced, both ends included; at least 2
-) -> Float[Tensor, "b r looks"]:
+) -> Float[Tensor, "b r {looks}"]:
     "Values of `lookup` along each ray. No gradient."
     if looks < 2:
         raise UsageError(f"look_along: looks is {looks}; a ray has two ends, ask for at least 2")
@@ -122,7 +123,7 @@ def guided_edges(
     upsample: int = 4,  # intervals between two look-ups
     samples: int = 8,  # n
     bias: Float[Tensor, "..."] | None = None,  # in [0, 1), one a ray; 0.5 when None
-) -> Float[Tensor, "... n+1"]:
+) -> Float[Tensor, "... {samples}+1"]:
     "Edges where the interpolated look-ups say that the weight lies. No gradient."
     if upsample < 1:
         raise UsageError(f"guided_edges: upsample is {upsample}; at least 1 interval between two look-ups is needed")
@@ -228,7 +229,8 @@ def compiled_walk() -> Callable:
     import numba
 
     def jit(function: Callable, **helpers: Callable) -> Callable:
-        linked = FunctionType(function.__code__, function.__globals__ | helpers, function.__name__)
+        plain = unwrap(function)  # without what a runtime type checker put around it
+        linked = FunctionType(plain.__code__, plain.__globals__ | helpers, plain.__name__)
         try:
             return numba.njit(nogil=True, cache=True, error_model="numpy", fastmath={"contract"})(linked)
         except RuntimeError:  # nowhere to keep it
@@ -250,7 +252,7 @@ def guided_edges_compiled(
     samples: int = 8,
     unseen: float = 0.0,  # rays that expect no more opacity than this get no edges of their own: all lie at 0
     bias: Float[Tensor, "b r"] | None = None,
-) -> tuple[Float[Tensor, "b r n+1"], Float[Tensor, "b r"]]:  # edges, expected opacity
+) -> tuple[Float[Tensor, "b r {samples}+1"], Float[Tensor, "b r"]]:  # edges, expected opacity
     "`look_along` and `guided_edges` for a cached signed distance, on all cores of the CPU."
     prompts, rays = near.shape
     edges, expected = np.zeros((prompts, rays, samples + 1), np.float32), np.zeros((prompts, rays), np.float32)

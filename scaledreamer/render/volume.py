@@ -175,13 +175,13 @@ class Samples:
     valid: Bool[Tensor, "b m"]  # false: padding
     origins: Float[Tensor, "b m 3"]
     directions: Float[Tensor, "b m 3"]
-    edges: Float[Tensor, "b m n+1"]
+    edges: Float[Tensor, "b m e"]
 
     @property
     def middles(self) -> Float[Tensor, "b m n"]:
         return (self.edges[..., 1:] + self.edges[..., :-1]) / 2
 
-    def points(self) -> Float[Tensor, "b m*n 3"]:
+    def points(self) -> Float[Tensor, "b s 3"]:
         return along(self.origins, self.directions, self.middles)
 
 # %% ../../nbs/08_render/02_volume.ipynb #1d029fe6
@@ -191,7 +191,7 @@ def guide(
     settings: RenderSettings,
     bias: Float[Tensor, "b r"] | None,
     lookup: Field | None,
-) -> tuple[Float[Tensor, "b r n+1"], Float[Tensor, "b r"]]:
+) -> tuple[Float[Tensor, "b r {settings.samples}+1"], Float[Tensor, "b r"]]:
     "Edges and the opacity to expect, from `lookup`, a new cache, or the scene; compiled where the CPU can."
     _, _, near, far = rays
     if lookup is None and settings.cache:
@@ -235,7 +235,7 @@ def place_samples(
 def weigh(
     scene: Scene | DensityScene,
     samples: Samples,
-    values: Float[Tensor, "b m*n"],  # of the field
+    values: Float[Tensor, "b s"],  # of the field
     settings: RenderSettings,
 ) -> Float[Tensor, "b m n"]:
     "Weights of the samples, 0 on padding."
@@ -244,14 +244,14 @@ def weigh(
     return weights * samples.valid[..., None]
 
 
-def matters(weights: Float[Tensor, "b m n"], settings: RenderSettings) -> Bool[Tensor, "b m*n"]:
+def matters(weights: Float[Tensor, "b m n"], settings: RenderSettings) -> Bool[Tensor, "b s"]:
     "Samples worth a colour or a normal: all, or those above threshold / n."
     return ((weights > settings.threshold / max(1, weights.shape[-1])) | (settings.threshold == 0)).flatten(1)
 
 
 def ask(
-    scene: Scene | DensityScene, samples: Samples, points: Float[Tensor, "b m*n 3"], settings: RenderSettings
-) -> tuple[Float[Tensor, "b m*n"], Float[Tensor, "b m*n 3"]]:
+    scene: Scene | DensityScene, samples: Samples, points: Float[Tensor, "b s 3"], settings: RenderSettings
+) -> tuple[Float[Tensor, "b s"], Float[Tensor, "b s 3"]]:
     "The field and the colours at the samples."
     both = (lambda p: (scene.density(p), scene.color(p))) if is_cloud(scene) else scene.sdf_and_color
     if settings.sampler == "guided" or settings.threshold == 0:
@@ -265,9 +265,9 @@ def ask(
 
 def slopes(
     scene: Scene | DensityScene,
-    points: Float[Tensor, "b m*n 3"],
-    values: Float[Tensor, "b m*n"],
-    keep: Bool[Tensor, "b m*n"],  # worth it
+    points: Float[Tensor, "b s 3"],
+    values: Float[Tensor, "b s"],
+    keep: Bool[Tensor, "b s"],  # worth it
     settings: RenderSettings,
     generator: torch.Generator | None,
 ) -> tuple[Int64[Tensor, "b k"], Bool[Tensor, "b k"], Float[Tensor, "b k 3"]]:  # which samples, not padding, outward gradient
