@@ -99,9 +99,9 @@ def rig_cameras(
         elevation = (2 * between(u[0], (low, high)) - 1).asin().rad2deg()
     fovy = between(u[3], settings.fovy)
     distance = between(u[2], settings.distance) / (fovy / 2).deg2rad().tan()
-    step = torch.arange(views, device=u.device) * (360 / views)
+    azimuth = (torch.arange(views, device=u.device) + u[1, :, None]) * (360 / views) - 180
     spread = lambda x: x[:, None].expand(-1, views)
-    return Cameras(spread(elevation), wrap_degrees(u[1, :, None] * 360 + step - 180), spread(distance), spread(fovy))
+    return Cameras(spread(elevation), azimuth, spread(distance), spread(fovy))
 
 
 def sample_rig(settings: RigCameras, prompts: int, views: int, generator: torch.Generator) -> Cameras:

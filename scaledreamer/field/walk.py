@@ -11,7 +11,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from types import FunctionType, SimpleNamespace
-from typing import Any
+from typing import Any, no_type_check
 
 import numpy as np
 import torch
@@ -24,6 +24,7 @@ from .levels import HashGridSettings, grid_levels, strides
 BLOCK = 128  # points whose keys are held at once
 
 
+@no_type_check
 def block_corners(points, start, count, scale, strides, size, hashed, key, weight, part):
     "For `count` points from `start` on: key[j, c] and weight[j, c] of their corners, part[j, d] of their positions."
     one, whole, word = np.float32(1), np.uint64(size), np.uint64(0xFFFFFFFF)
@@ -45,6 +46,7 @@ def block_corners(points, start, count, scale, strides, size, hashed, key, weigh
             key[j, c], weight[j, c] = k if k < whole else k % whole, w
 
 # %% ../../nbs/07_field/02_walk.ipynb #560cd2bd
+@no_type_check
 def read_level(points, table, rows, column, scale, strides, size, hashed, features):
     "Writes the level's features to rows[:, column:]."
     key, weight = np.empty((BLOCK, 1 << len(strides)), np.uint32), np.empty((BLOCK, 1 << len(strides)), np.float32)
@@ -63,6 +65,7 @@ def read_level(points, table, rows, column, scale, strides, size, hashed, featur
                 rows[start + j, column + f] = total[f]
 
 
+@no_type_check
 def add_level(points, table, rows, column, scale, strides, size, hashed, features):
     "Adds to `table` what rows[:, column:], the gradient of the features, says about its entries."
     key, weight = np.empty((BLOCK, 1 << len(strides)), np.uint32), np.empty((BLOCK, 1 << len(strides)), np.float32)
@@ -79,6 +82,7 @@ def add_level(points, table, rows, column, scale, strides, size, hashed, feature
                     table[at + np.uint64(f)] += w * total[f]
 
 # %% ../../nbs/07_field/02_walk.ipynb #06d065f0
+@no_type_check
 def slope_level(points, table, rows, column, slopes, scale, strides, size, hashed, features):
     "Adds to slopes[:, d] the gradient by the points, given rows[:, column:], the gradient of the features."
     key, weight = np.empty((BLOCK, 1 << len(strides)), np.uint32), np.empty((BLOCK, 1 << len(strides)), np.float32)
