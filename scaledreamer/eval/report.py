@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['CELL', 'TRUTH_FIGURES', 'Renderer', 'Scorer', 'Gallery', 'make_gallery', 'clip_figures', 'truth_figures', 'summarise',
-           'Prompt', 'Seen', 'default_renderer', 'evaluate_group', 'evaluate_scenes']
+           'Seen', 'default_renderer', 'evaluate_group', 'evaluate_scenes']
 
-# %% ../../nbs/12_eval/02_report.ipynb #30738c24
+# %% ../../nbs/12_eval/02_report.ipynb #38bbc59b
 import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -24,10 +24,12 @@ from .clip import cosines, recall, recall_by_object
 from .truth import chamfer, field_grid, silhouette_iou, solid_field, surface_points, truth_of, volume_iou, volume_iou_aligned
 from ..field.scene import DensityScene, Scene
 from ..render.volume import RenderSettings, render_views
+from ..text.corpora import Prompt
 from ..toybox.objects import ToyObject
 from ..toybox.renders import render_object
 
-# %% ../../nbs/12_eval/02_report.ipynb #649393e7
+# %% ../../nbs/12_eval/02_report.ipynb #3e0cc5af
+@runtime_checkable
 class Scorer(Protocol):
     "What the report asks of a CLIP, as `scaledreamer.eval.clip.ClipScorer` has it."
 
@@ -65,7 +67,7 @@ def clip_figures(images: Float[Tensor, "v d"], text: str, galleries: Sequence[Ga
         figures["r_at_1_object" + gallery.suffix] = float(recall_by_object(images[None], texts, gallery.features, own))
     return figures
 
-# %% ../../nbs/12_eval/02_report.ipynb #4a722e3b
+# %% ../../nbs/12_eval/02_report.ipynb #b1106b59
 CELL = 1 / 32  # side of the cells, world units
 TRUTH_FIGURES = ("volume_iou", "volume_iou_aligned", "silhouette_iou", "chamfer", "scale", "rise")
 
@@ -73,13 +75,11 @@ TRUTH_FIGURES = ("volume_iou", "volume_iou_aligned", "silhouette_iou", "chamfer"
 def truth_figures(
     grid: Float[Tensor, "r r r"],  # the prediction's field
     opacity: Float[Tensor, "v h w"],  # of its views
-    truth: ToyObject | None,
+    truth: ToyObject,
     cameras: Cameras,  # [1, v]
     half: float,  # of the grid, world units
 ) -> dict[str, float | None]:
-    "How one prediction compares with the object that it should be; all None where that is unknown."
-    if truth is None:
-        return dict.fromkeys(TRUTH_FIGURES)
+    "How one prediction compares with the object that it should be; the chamfer distance of nothing is None."
     wanted = field_grid(truth.sdf, len(grid), half)
     best = volume_iou_aligned(grid < 0, wanted, half)
     apart = chamfer(surface_points(grid, half), surface_points(wanted, half))
@@ -94,13 +94,8 @@ def summarise(rows: Sequence[dict[str, Any]]) -> dict[str, float | None]:
     known = {name: [row[name] for row in rows if row[name] is not None] for name in names}
     return {name: sum(values) / len(values) if values else None for name, values in known.items()}
 
-# %% ../../nbs/12_eval/02_report.ipynb #8de4318c
-class Prompt(Protocol):
-    id: str
-    text: str
-    split: str
-
-
+# %% ../../nbs/12_eval/02_report.ipynb #3fd9857e
+@runtime_checkable
 class Seen(Protocol):
     "What a renderer returns; `scaledreamer.render.volume.Rendering` is one."
 
@@ -125,20 +120,24 @@ def evaluate_group(
     resolution = 2 * math.ceil(scene.radius / CELL)
     half = resolution * CELL / 2
     truths = [truth_of(prompt.text) for prompt in prompts]
-    grids = field_grid(solid_field(scene, len(prompts)), resolution, half, cameras.elevation.device) if any(truths) else [None] * len(prompts)
+    if any(truths):
+        grids = field_grid(solid_field(scene, len(prompts)), resolution, half, cameras.elevation.device)
     rows = []
-    for i, prompt in enumerate(prompts):
+    for i, (prompt, truth) in enumerate(zip(prompts, truths)):
         if not seen.rgb[i].isfinite().all():
             raise RunError(f"the pictures of prompt {prompt.id} ({prompt.text!r}) are not finite: go back to an earlier checkpoint")
         figures = clip_figures(scorer.image_features(seen.rgb[i]).cpu(), prompt.text, galleries)
-        figures |= truth_figures(grids[i], seen.opacity[i, :, 0].cpu(), truths[i], cameras[i : i + 1].to("cpu"), half)
+        if truth is None:
+            figures |= dict.fromkeys(TRUTH_FIGURES)
+        else:
+            figures |= truth_figures(grids[i], seen.opacity[i, :, 0].cpu(), truth, cameras[i : i + 1].to("cpu"), half)
         rows.append({"id": prompt.id, "text": prompt.text, "split": prompt.split} | figures)
     return rows
 
-# %% ../../nbs/12_eval/02_report.ipynb #a10dbd31
+# %% ../../nbs/12_eval/02_report.ipynb #e0634ce8
 def evaluate_scenes(
     scene_of: Callable[[list[str]], Scene | DensityScene],  # texts to one scene of as many prompts
-    prompts: Sequence[Prompt],  # each with id, text and split
+    prompts: Sequence[Prompt],
     scorer: Scorer,
     *,
     views: int = 120,  # on the circle, at elevation 15
