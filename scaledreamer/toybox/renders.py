@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from ..camera.poses import Cameras
+from ..camera.cameras import Cameras
 from ..camera.rays import camera_rays
 from .objects import RADIUS, ToyObject
 
