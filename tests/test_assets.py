@@ -1,0 +1,43 @@
+"""The shipped weights: real formats, small, and as good as their bars ask."""
+
+from importlib.resources import files
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+
+from scaledreamer.camera.poses import orbit
+from scaledreamer.eval.clip import ClipScorer
+from scaledreamer.toybox.captions import CORPORA, object_of
+from scaledreamer.toybox.renders import render_object
+
+ASSETS = Path(str(files("scaledreamer"))) / "assets"
+
+
+@pytest.mark.parametrize("name, megabytes", [("tiny-sd", 16), ("tiny-clip", 12)])
+def test_size(name, megabytes):
+    assert sum(path.stat().st_size for path in (ASSETS / name).rglob("*") if path.is_file()) <= megabytes * 1e6
+
+
+def test_diffusers_itself_samples_from_the_prior():
+    pipeline = StableDiffusionPipeline.from_pretrained(ASSETS / "tiny-sd", local_files_only=True)
+    pipeline.set_progress_bar_config(disable=True)
+    image = pipeline("a red ball, <az+0> <el+15>", num_inference_steps=15, guidance_scale=3.0, generator=torch.Generator().manual_seed(0), output_type="pt").images
+    assert image.shape == (1, 3, 64, 64)
+    red, green, blue = image[0, :, 24:40, 24:40].mean((1, 2))
+    assert red > 0.5 and red > 2 * green and red > 2 * blue
+
+
+@pytest.mark.parametrize("corpus, views, bar", [("toybox-15", 12, 0.97), ("toybox-800", 1, 0.80)])
+def test_clip_names_fresh_renders(corpus, views, bar):
+    scorer, captions = ClipScorer.load(), CORPORA[corpus]
+    texts = scorer.text_features(list(captions))
+    hits = []
+    for i, caption in enumerate(captions):
+        cameras = orbit(views if views > 1 else 24)
+        if views == 1:
+            cameras = type(cameras)(*(x[:, i % 24 : i % 24 + 1] for x in (cameras.elevation, cameras.azimuth, cameras.distance, cameras.fovy)))
+        rgb = render_object(object_of(caption), cameras, 64).over(torch.ones(3)).movedim(-1, 1)
+        hits += (scorer.image_features(rgb) @ texts.T).argmax(1).eq(i).tolist()
+    assert sum(hits) / len(hits) >= bar

@@ -1,0 +1,88 @@
+"""The training loop, its run folder and the command line, on the exact mixture prior of two captions."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+from scaledreamer.cli import main
+from scaledreamer.core.settings import RunError, UsageError, from_json, to_json
+from scaledreamer.train.checkpoints import checkpoint_steps
+from scaledreamer.train.settings import DistillSettings, TrainSettings, paper
+from scaledreamer.train.trainer import open_run, step_prompts, train
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory):
+    corpus = tmp_path_factory.mktemp("corpus") / "two.txt"
+    corpus.write_text("a red ball\na blue cube\n", encoding="utf-8")
+    return TrainSettings(prior="mixture", corpus=str(corpus), steps=4, prompts=2, resolution=16, log_every=1, validate_every=4, checkpoint_every=2,
+                         distill=DistillSettings(views="words"))
+
+
+@pytest.fixture(scope="module")
+def run(settings, tmp_path_factory):
+    return train(tmp_path_factory.mktemp("runs") / "whole", settings, show=False)
+
+
+def test_run_folder(run, settings):
+    assert from_json(TrainSettings, (run.folder / "config.json").read_text()) == settings
+    lines = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [0, 1, 2, 3]
+    assert {"gradient_norm", "error_t", "error_t_shifted", "opacity"} <= lines[0].keys()
+    assert checkpoint_steps(run.folder / "checkpoints") == [2, 4]
+
+
+def test_same_seed_same_run(run, settings, tmp_path):
+    train(tmp_path / "again", settings, show=False)
+    assert (tmp_path / "again/metrics.jsonl").read_bytes() == (run.folder / "metrics.jsonl").read_bytes()
+
+
+def test_an_interrupt_saves_and_resumes_exactly(run, settings, tmp_path):
+    def interrupt(step, metrics):
+        if step == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path / "cut", settings, on_step=interrupt, show=False)
+    train(tmp_path / "cut", settings, resume=True, show=False)
+    assert (tmp_path / "cut/metrics.jsonl").read_bytes() == (run.folder / "metrics.jsonl").read_bytes()
+    for a, b in zip(open_run(tmp_path / "cut").generator.parameters(), run.generator.parameters()):
+        assert torch.equal(a, b)
+
+
+def test_a_damaged_checkpoint_is_said_and_the_one_before_is_there(settings, tmp_path):
+    train(tmp_path / "run", settings, show=False)
+    weights = tmp_path / "run/checkpoints/000004/generator.safetensors"
+    weights.write_bytes(weights.read_bytes()[:100])
+    with pytest.raises(RunError, match="cannot be read"):
+        open_run(tmp_path / "run")
+    assert open_run(tmp_path / "run", step=2).step == 2
+
+
+def test_every_prompt_is_visited_equally():
+    taken = [i for step in range(15) for i in step_prompts(0, step, 8, 15)]
+    assert [taken.count(i) for i in range(15)] == [8] * 15
+
+
+def test_the_paper_preset_survives_json():
+    assert from_json(TrainSettings, to_json(paper())) == paper()
+
+
+@pytest.mark.parametrize("change", [{"method": "dds"}, {"generator": "nerf"}, {"prior": "nerf"}, {"corpus": "nothing"}, {"distill": DistillSettings(eta=3.0)}])
+def test_refusals_come_before_the_folder(settings, tmp_path, change):
+    with pytest.raises(UsageError):
+        train(tmp_path / "run", replace(settings, **change), show=False)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("argv, code", [
+    (["train", "--steps", "many"], 2), (["trane"], 2), (["train", "--corpus", "nothing"], 2), (["evaluate", "nowhere"], 1),
+    (["export", "nowhere", "--prompt", "0", "--to", "x.stl"], 2), (["doctor"], 0)])
+def test_exit_codes_and_one_sentence(argv, code, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(argv) == code
+    error = capsys.readouterr().err.strip()
+    assert "\n" not in error and bool(error) == bool(code)
+    assert not list(tmp_path.iterdir())
