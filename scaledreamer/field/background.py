@@ -69,7 +69,7 @@ HYPER_GRID = HashGridSettings(scale=1.0)  # the release's grid for a text-condit
 
 
 def prompted_colors(
-    features: Float[Tensor, "b n f"] | Float[Tensor, "1 n f"],  # of directions; one row serves all prompts
+    features: Float[Tensor, "#b n f"],  # of directions; one row serves all prompts
     weights: Sequence[Float[Tensor, "b _ _"]],  # of each layer, [in, out] of each prompt; the first takes f, the last gives 3
     squash: Callable[[Tensor], Tensor] = torch.sigmoid,
 ) -> Float[Tensor, "b n 3"]:

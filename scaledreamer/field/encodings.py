@@ -86,7 +86,7 @@ class HashGrid(nn.Module):
                 out = encode_tinycudann(flat, table, self.settings)
             case _:
                 out = encode_torch(flat, table, self.settings)
-        return out.unflatten(0, points.shape[:-1])
+        return out.reshape(*points.shape[:-1], self.width)
 
 # %% ../../nbs/07_field/03_encodings.ipynb #68164aff
 def spherical_harmonics(

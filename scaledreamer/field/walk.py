@@ -18,6 +18,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ..core.settings import UsageError
 from .levels import HashGridSettings, grid_levels, strides
 
 # %% ../../nbs/07_field/02_walk.ipynb #83869b92
@@ -175,8 +176,9 @@ class _CompiledGrid(torch.autograd.Function):
         return out
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        if torch.is_grad_enabled():
+            raise UsageError("the compiled hash grid has no second derivative (create_graph=True); use backend torch, or finite differences")
         points, table = ctx.saved_tensors
         x, entries, rows = points.detach().numpy(), table.detach().numpy(), upstream.float().contiguous().numpy()
         slopes = torch.zeros_like(points) if ctx.needs_input_grad[0] else None
@@ -197,5 +199,5 @@ class _CompiledGrid(torch.autograd.Function):
 
 # %% ../../nbs/07_field/02_walk.ipynb #e32ef9cc
 def encode_compiled(points: Float[Tensor, "n d"], table: Float[Tensor, " entries"], settings: HashGridSettings) -> Float[Tensor, "n features"]:
-    "What `encode_torch` computes, walked by machine code on all cores; once differentiable. 32-bit tables on the CPU."
+    "What `encode_torch` computes, walked by machine code on all cores, for 32-bit tables on the CPU. A second derivative is refused."
     return _CompiledGrid.apply(points.float().contiguous(), table, settings)
