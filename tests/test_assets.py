@@ -25,8 +25,9 @@ def test_diffusers_itself_samples_from_the_prior():
     pipeline.set_progress_bar_config(disable=True)
     image = pipeline("a red ball, <az+0> <el+15>", num_inference_steps=15, guidance_scale=3.0, generator=torch.Generator().manual_seed(0), output_type="pt").images
     assert image.shape == (1, 3, 64, 64)
-    red, green, blue = image[0, :, 24:40, 24:40].mean((1, 2))
-    assert red > 0.5 and red > 2 * green and red > 2 * blue
+    scorer = ClipScorer.load()
+    chosen = (scorer.image_features(image) @ scorer.text_features(list(CORPORA["toybox-15"])).T).argmax()
+    assert CORPORA["toybox-15"][chosen] == "a red ball"
 
 
 @pytest.mark.parametrize("corpus, views, bar", [("toybox-15", 12, 0.97), ("toybox-800", 1, 0.80)])
@@ -34,7 +35,7 @@ def test_clip_names_fresh_renders(corpus, views, bar):
     scorer, captions = ClipScorer.load(), CORPORA[corpus]
     texts = scorer.text_features(list(captions))
     hits = []
-    for i, caption in enumerate(captions):
+    for i, caption in list(enumerate(captions))[:: 1 if views > 1 else 4]:
         cameras = orbit(views if views > 1 else 24)
         if views == 1:
             cameras = type(cameras)(*(x[:, i % 24 : i % 24 + 1] for x in (cameras.elevation, cameras.azimuth, cameras.distance, cameras.fovy)))

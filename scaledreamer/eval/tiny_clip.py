@@ -7,7 +7,6 @@ __all__ = ['CONFIG', 'make_clip', 'standardise', 'save_clip', 'distractor', 'dis
            'make_tiny_clip']
 
 # %% ../../nbs/12_eval/03_tiny_clip.ipynb #02646435
-import math
 import random
 from pathlib import Path
 
@@ -21,9 +20,9 @@ from torch.nn.functional import affine_grid, cross_entropy, grid_sample, interpo
 from tqdm.auto import tqdm
 
 from ..core.settings import write_json_atomic
-from ..prior.tiny_recipe import RenderSet, make_renders
 from ..toybox.captions import CAPTION
 from ..toybox.objects import COLORS, SHAPES
+from ..toybox.render_sets import RenderSet, make_renders
 
 # %% ../../nbs/12_eval/03_tiny_clip.ipynb #2c38c493
 CONFIG = {"embed_dim": 96, "vision_cfg": {"image_size": 64, "layers": [1, 2, 2, 1], "width": 20, "patch_size": None},
