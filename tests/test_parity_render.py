@@ -1,7 +1,6 @@
 """The renderer against tensors of the paper's release (fixtures 05a, 05b, 05c, 08; tests/parity/*.json say how each was made)."""
 
 import json
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,10 +11,13 @@ from torch.nn import functional as F
 from scaledreamer.camera.rays import Rays
 from scaledreamer.field.density import volsdf_density
 from scaledreamer.field.encodings import HashGrid, HashGridSettings
+from scaledreamer.render.asking import ask, weigh
 from scaledreamer.render.compositing import composite, density_weights, first_order_weights
+from scaledreamer.render.placing import place_samples
 from scaledreamer.render.regularisers import depth_variance, eikonal, opaque, orient, sparsity
 from scaledreamer.render.sampling import importance_edges
-from scaledreamer.render.volume import RELEASE, render
+from scaledreamer.render.settings import RELEASE, field_gradient
+from scaledreamer.render.volume import render
 
 PARITY = Path(__file__).parent / "parity"
 
@@ -141,9 +143,8 @@ class Biases:
 
 def hyper_fixture():
     data, facts = fixture("05b_render_hyper")
-    settings = replace(RELEASE, beta=1 / torch.tensor(10 * 0.340119).exp().item())
     image = lambda value: value.movedim(-1, 1)[:, None]
-    return data, ReleasedHyper(data, facts["settings"]), Rays(data["rays_o"][:, None], data["rays_d"][:, None]), settings, image
+    return data, ReleasedHyper(data, facts["settings"]), Rays(data["rays_o"][:, None], data["rays_d"][:, None]), RELEASE, image
 
 
 def test_released_render_deterministic():
@@ -174,8 +175,6 @@ def test_released_render_stratified_with_gradients(monkeypatch):
 
 
 def test_released_samples_and_their_gradients(monkeypatch):
-    from scaledreamer.render.volume import ask, field_gradient, place_samples, weigh
-
     data, scene, rays, settings, _ = hyper_fixture()
     _, facts = fixture("05b_render_hyper")
     Biases(monkeypatch, torch.stack([data["train/bias_coarse"], data["train/bias_fine"]]))

@@ -14,8 +14,11 @@ from scaledreamer.field.density import volsdf_density
 from scaledreamer.field.encodings import HashGrid, HashGridSettings
 from scaledreamer.field.scene import FogScene, SphereScene
 from scaledreamer.render.compositing import composite, density_weights
-from scaledreamer.render.sampling import guided_edges, importance_edges, uniform_edges
-from scaledreamer.render.volume import RELEASE, RenderSettings, field_cache, place_samples, render, render_views
+from scaledreamer.render.guiding import guided_edges
+from scaledreamer.render.placing import place_samples
+from scaledreamer.render.sampling import importance_edges, uniform_edges
+from scaledreamer.render.settings import RELEASE, RenderSettings, field_cache
+from scaledreamer.render.volume import render, render_views
 from scaledreamer.toybox.objects import single
 
 DENSE = RenderSettings(sampler="uniform", samples=512, threshold=0.0)
