@@ -146,7 +146,7 @@ Command = Train | Evaluate | Export | MakePrior | Doctor
 
 def sentence(box: str) -> str:
     "The message in tyro's box as one line."
-    lines = [line.strip("│╭╰╮╯─|+- ") if set(line) & set("│|╭+") else line.strip() for line in box.splitlines()]
+    lines = [line.strip("│╭╰╮╯|+ ") for line in box.splitlines() if set(line) - set("│╭╰╮╯|+-─ ")]
     ends = [i for i, line in enumerate(lines) if line.startswith(("For full helptext", "Argument helptext", "Available subcommands"))]
     kept = [line for line in lines[1 : ends[0] if ends else None] if line]
     return " ".join(kept or lines) + "; see --help"
