@@ -131,9 +131,9 @@ def _pool(process: int, threads: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(threads, thread_name_prefix="hash-grid")
 
 
-def _run(tasks: list[Callable[[], None]]) -> None:
+def _run(tasks: list[Callable[[], None]], points: int) -> None:
     "Runs the tasks on as many threads as torch may use; few or small ones are not worth a thread."
-    threads = min(torch.get_num_threads(), len(tasks))
+    threads = min(torch.get_num_threads(), len(tasks)) if points >= 4096 else 1
     if threads < 2:
         for task in tasks:
             task()
@@ -172,7 +172,7 @@ class _CompiledGrid(torch.autograd.Function):
             for where, column, constants in _level_arguments(settings):
                 compiled().read(x[piece], entries[where], rows[piece], column, *constants)
 
-        _run([lambda piece=piece: read(piece) for piece in _chunks(len(x))])
+        _run([lambda piece=piece: read(piece) for piece in _chunks(len(x))], len(x))
         return out
 
     @staticmethod
@@ -194,7 +194,7 @@ class _CompiledGrid(torch.autograd.Function):
 
         tasks = [] if grad is None else [lambda a=a: add(*a) for a in reversed(_level_arguments(ctx.settings))]
         tasks += [] if slopes is None else [lambda piece=piece: slope(piece) for piece in _chunks(len(x))]
-        _run(tasks)
+        _run(tasks, len(x))
         return slopes, grad, None
 
 # %% ../../nbs/07_field/02_walk.ipynb #e32ef9cc
