@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from scaledreamer.cli import main
+from scaledreamer.commands.cli import main
 from scaledreamer.core.settings import RunError, UsageError, from_json, to_json
 from scaledreamer.train.checkpoints import checkpoint_steps
 from scaledreamer.train.settings import DistillSettings, TrainSettings, paper
