@@ -10,7 +10,8 @@ from scaledreamer.commands.cli import main
 from scaledreamer.core.settings import RunError, UsageError, from_json, to_json
 from scaledreamer.train.checkpoints import checkpoint_steps
 from scaledreamer.train.settings import DistillSettings, TrainSettings, paper
-from scaledreamer.train.trainer import open_run, step_prompts, train
+from scaledreamer.train.step import step_prompts
+from scaledreamer.train.trainer import open_run, train
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ __all__ = ['ScoreGradient', 'Method', 'sds', 'csd', 'asd']
 # %% ../../nbs/04_distill/02_methods.ipynb #7996404c
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
@@ -49,6 +49,7 @@ def _guided(answers: Sequence[Tensor], text: Conditioning, guidance: float) -> T
     return guide(unconditional, conditional, guidance, negatives, text.negative_weights)
 
 # %% ../../nbs/04_distill/02_methods.ipynb #cd6a3cc3
+@runtime_checkable
 class Method(Protocol):
     "Score distillation: latents and a timestep to the gradient there."
 
