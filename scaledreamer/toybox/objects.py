@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from .primitives import Sdf, box, cone, cup, dome, ellipsoid, polytope, torus
+from .primitives import Sdf, bow, box, cone, cup, dome, ellipsoid, polytope, torus
 
 # %% ../../nbs/01_toybox/03_objects.ipynb #d248f29d
 COLORS: dict[str, tuple[float, float, float]] = {
@@ -109,7 +109,7 @@ PLAIN: dict[str, list[Part]] = {
     "chair": [Part(box((0.6, 0.6, 0.11)), center=(0, 0, 0)), Part(box((0.11, 0.6, 0.6)), center=(-0.5, 0, 0.6)),
               *legs(0.4, 0.48, 0.48, -0.4)]}
 DETAILED: dict[str, list[Part]] = {
-    "mug": [Part(cup(0.62, 0.75, 0.13)), Part(torus(0.38, 0.12), center=(0, 0.68, 0), axis="x")],
+    "mug": [Part(cup(0.62, 0.75, 0.13)), Part(bow(0.38, 0.12, -0.13), center=(0, 0.68, 0), axis="x")],
     "mushroom": [Part(dome((0.95, 0.95, 0.75)), center=(0, 0, 0.1)), Part(cone(0.36, 0.26, 0.5), "cream", (0, 0, -0.35))],
     "tree": [Part(cone(0.8, 0.2, 0.35), center=(0, 0, -0.25)), Part(cone(0.62, 0.12, 0.35), center=(0, 0, 0.25)),
              Part(cone(0.45, 0.0, 0.35), center=(0, 0, 0.75)), Part(cone(0.18, 0.18, 0.25), "brown", (0, 0, -0.8))]}
