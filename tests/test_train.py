@@ -1,6 +1,9 @@
 """The training loop, its run folder and the command line, on the exact mixture prior of two captions."""
 
 import json
+import re
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -60,6 +63,43 @@ def test_a_damaged_checkpoint_is_said_and_the_one_before_is_there(settings, tmp_
     with pytest.raises(RunError, match="cannot be read"):
         open_run(tmp_path / "run")
     assert open_run(tmp_path / "run", step=2).step == 2
+
+
+FULL = """
+import resource, sys
+from scaledreamer.commands.cli import main, parse
+from scaledreamer.train.trainer import train
+command, done = parse(sys.argv[1:]), []
+train(command.out, command.settings, stop=lambda: len(done) == 2, on_step=lambda step, metrics: done.append(step), show=False)
+resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, resource.RLIM_INFINITY))
+sys.exit(main([*sys.argv[1:], "--resume"]))
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no limit on the size of a file, which stands for the full disk here")
+def test_a_disk_that_takes_no_more_costs_no_checkpoint(settings, tmp_path):
+    "A limit on file sizes makes a checkpoint fail as a full disk does: while it is being written."
+    argv = ["train", "--prior", "mixture", "--corpus", settings.corpus, "--steps", "4", "--prompts", "1", "--resolution", "16", "--distill.views", "words",
+            "--checkpoint-every", "2", "--out", str(tmp_path / "run")]
+    done = subprocess.run([sys.executable, "-c", FULL, *argv], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert re.search(r"^scaledreamer: checkpoint \S+000004 could not be written \(.+\): free some space and go on with --resume", done.stderr, re.M), done.stderr
+    assert "Traceback" not in done.stderr
+    assert checkpoint_steps(tmp_path / "run/checkpoints") == [2]
+    assert [path.name for path in (tmp_path / "run/checkpoints").iterdir()] == ["000002"]
+    assert main([*argv, "--resume", "--eval-views", "0"]) == 0
+    assert checkpoint_steps(tmp_path / "run/checkpoints") == [2, 4]
+
+
+def test_evaluate_completes_the_run_folder(run):
+    assert main(["evaluate", str(run.folder), "--views", "3"]) == 0
+    assert {path.name for path in run.folder.iterdir()} == {"config.json", "prompts.jsonl", "metrics.jsonl", "sessions.jsonl", "checkpoints", "validation",
+                                                            "views", "meshes", "eval.json", "report.html"}
+    figures = json.loads((run.folder / "eval.json").read_text())
+    assert {"r_at_1", "sim", "volume_iou", "volume_iou_aligned", "silhouette_iou", "chamfer", "clip_model", "n_views", "gallery_size", "per_prompt"} <= figures.keys()
+    assert figures["train_seconds"] > 0 and 0.1 < figures["peak_memory_gb"] < 8 and figures["machine"]["cores"] >= 1
+    assert len(list((run.folder / "views").glob("*/*.png"))) == 2 * 8
+    assert "a blue cube" in (run.folder / "report.html").read_text(encoding="utf-8")
 
 
 def test_every_prompt_is_visited_equally():

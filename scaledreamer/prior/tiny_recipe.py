@@ -31,8 +31,8 @@ def training_caption(caption: str, azimuth: float, elevation: float, rng: random
     "The text that goes with a render in one training step."
     draw = rng.random()
     if draw < 0.1: return ""
-    if draw > 0.9: return caption
-    return view_prompts([caption], torch.tensor([azimuth]), torch.tensor([elevation]), "tokens" if draw < 0.75 else "words")[0]
+    if draw > 0.92: return caption
+    return view_prompts([caption], torch.tensor([azimuth]), torch.tensor([elevation]), "tokens" if draw < 0.8 else "words")[0]
 
 # %% ../../nbs/02_prior/07_tiny_recipe.ipynb #fe94eab5
 @dataclass(frozen=True)
@@ -43,7 +43,8 @@ class RecipeSettings:
     lr: float = 7e-4
     seed: int = 0
     ema: float = 0.999
-    late: float = 0.5  # share of timesteps drawn from the noisier half, where only the text tells what is there and from where
+    late: float = 0.5  # share of timesteps from 750 up, where only the text tells what is there and from where
+    singles: float = 0.5  # share of one-part captions
     start: Path | None = None  # a tiny-sd folder to go on from
     save_every: int = 300
 
@@ -53,10 +54,10 @@ class RecipeSettings:
 
 
 def draw_timesteps(count: int, late: float, g: torch.Generator) -> Int[Tensor, " b"]:
-    "Timesteps 0 to 999, a share `late` of them from 500 up, each part stratified."
+    "Timesteps 0 to 999, a share `late` of them from 750 up, each part stratified."
     def spread(n: int, low: int) -> Tensor: return low + (torch.arange(n) + torch.rand(n, generator=g)) * (1000 - low) / max(n, 1)
     many = round(count * late)
-    return torch.cat([spread(count - many, 0), spread(many, 500)]).long().clamp(max=999)
+    return torch.cat([spread(count - many, 0), spread(many, 750)]).long().clamp(max=999)
 
 # %% ../../nbs/02_prior/07_tiny_recipe.ipynb #e245bb83
 def start_from(net: nn.ModuleDict, folder: Path) -> None:
@@ -78,7 +79,11 @@ class TinyTraining:
         if settings.start: start_from(self.net, settings.start)
         self.average = {name: value.detach().clone() for name, value in self.net.named_parameters()}
         self.optimizer = torch.optim.AdamW(self.net.parameters(), settings.lr, (0.9, 0.99), weight_decay=1e-3, fused=True)
+        of_one = [" on " not in caption for caption, *_ in renders.notes]
+        self.rows = {one: [i for i, found in enumerate(of_one) if found == one] for one in (True, False)}
         self.done = 0
+
+    def draw_row(self, rng: random.Random) -> int: return rng.choice(self.rows[rng.random() < self.settings.singles] or range(len(self.renders)))
 
     def loss(self, rows: list[int], rng: random.Random, g: torch.Generator) -> Float[Tensor, ""]:
         "The error of v in a batch: that of the noise over abar."
@@ -97,7 +102,7 @@ class TinyTraining:
         "One optimiser step; returns the loss."
         key = self.settings.seed * 1_000_003 + self.done
         rng, g = random.Random(key), torch.Generator().manual_seed(key)
-        loss = self.loss([rng.randrange(len(self.renders)) for _ in range(self.settings.batch)], rng, g)
+        loss = self.loss([self.draw_row(rng) for _ in range(self.settings.batch)], rng, g)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(self.net.parameters(), 1.0)
