@@ -43,8 +43,8 @@ class RecipeSettings:
     lr: float = 7e-4
     seed: int = 0
     ema: float = 0.999
-    late: float = 0.5  # share of timesteps from 750 up, where only the text tells what is there and from where
-    singles: float = 0.5  # share of one-part captions
+    late: float = 0.7  # share of timesteps from 750 up, where only the text tells what is there and from where
+    singles: float = 0.7  # share of one-part captions
     start: Path | None = None  # a tiny-sd folder to go on from
     save_every: int = 300
 
@@ -161,6 +161,7 @@ def save_pipeline(tiny: TinyTraining, folder: Path) -> None:
     "Save the averaged networks as a diffusers folder, UNet and autoencoder in half precision (transformers would run a half text encoder as it lies)."
     net = nn.ModuleDict({"text_encoder": make_text_encoder(tiny.tokenizer), "unet": make_unet()})
     net.load_state_dict(tiny.average, strict=False)
+    tiny.vae.register_to_config(_name_or_path="")  # else the folder that it was read from
     pipeline = StableDiffusionPipeline(vae=tiny.vae, text_encoder=net["text_encoder"], tokenizer=tiny.tokenizer, unet=net["unet"], scheduler=tiny.scheduler,
                                        safety_checker=None, feature_extractor=None, requires_safety_checker=False)
     pipeline.unet.half(), pipeline.vae.half()
