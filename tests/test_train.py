@@ -91,6 +91,13 @@ def test_a_disk_that_takes_no_more_costs_no_checkpoint(settings, tmp_path):
     assert checkpoint_steps(tmp_path / "run/checkpoints") == [2, 4]
 
 
+def test_a_half_written_run_is_said_in_a_sentence(tmp_path, capsys):
+    (tmp_path / "config.json").write_text('{"prior": "tin', encoding="utf-8")
+    for argv in (["evaluate", str(tmp_path)], ["train", "--out", str(tmp_path), "--resume"]):
+        assert main(argv) == 1
+        assert re.fullmatch(r"scaledreamer: \S+config.json is damaged.+\n", capsys.readouterr().err)
+
+
 def test_evaluate_completes_the_run_folder(run):
     assert main(["evaluate", str(run.folder), "--views", "3"]) == 0
     assert {path.name for path in run.folder.iterdir()} == {"config.json", "prompts.jsonl", "metrics.jsonl", "sessions.jsonl", "checkpoints", "validation",
@@ -111,7 +118,8 @@ def test_the_paper_preset_survives_json():
     assert from_json(TrainSettings, to_json(paper())) == paper()
 
 
-@pytest.mark.parametrize("change", [{"method": "dds"}, {"generator": "nerf"}, {"prior": "nerf"}, {"corpus": "nothing"}, {"distill": DistillSettings(eta=3.0)}])
+@pytest.mark.parametrize("change", [{"method": "dds"}, {"generator": "nerf"}, {"prior": "nerf"}, {"corpus": "nothing"}, {"distill": DistillSettings(eta=3.0)},
+                                    {"device": "cuda:99"}])
 def test_refusals_come_before_the_folder(settings, tmp_path, change):
     with pytest.raises(UsageError):
         train(tmp_path / "run", replace(settings, **change), show=False)

@@ -20,6 +20,7 @@ from ..camera.poses import sample_cameras
 from ..camera.rays import camera_rays
 from ..camera.views import view_prompts
 from ..core.settings import RunError
+from ..core.tensors import best_device
 from ..distill.gradient import prescribed_gradient_loss
 from ..distill.methods import ScoreGradient
 from ..distill.timesteps import sample_timesteps
@@ -86,7 +87,7 @@ class Run:
 
 def build(folder: Path, settings: TrainSettings, prompts: tuple[Prompt, ...]) -> Run:
     "A run at step 0. Raises UsageError for words that name no part, before any part is made."
-    method_of(settings), check_generator_name(settings), settings.distill.law()
+    method_of(settings), check_generator_name(settings), settings.distill.law(), best_device(settings.device)
     prior = make_prior(settings, prompts)
     texts = prior.encode_text([prompt.text for prompt in prompts if prompt.split == "train"])
     generator = make_generator(settings, texts.tokens.shape[-1])

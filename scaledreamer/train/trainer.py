@@ -9,6 +9,7 @@ __all__ = ['open_run', 'validation_picture', 'keep_metrics', 'check_folder', 'st
 import json
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -17,7 +18,7 @@ from tqdm.auto import tqdm
 from ..camera.poses import orbit
 from ..core.figures import image_grid
 from ..core.settings import RunError, UsageError, from_json, replacing, to_json, write_atomic
-from ..core.tensors import machine, peak_memory_gb
+from ..core.tensors import best_device, machine, peak_memory_gb
 from ..render.volume import render_views
 from ..text.corpora import load_corpus, read_manifest, write_manifest
 from .checkpoints import checkpoint_steps, load_checkpoint, save_checkpoint
@@ -29,7 +30,9 @@ def open_run(folder: str | Path, step: int | None = None) -> Run:
     "A run folder with the weights of its last (or given) checkpoint. Raises RunError for a folder that is no run or has no such checkpoint."
     folder = Path(folder)
     if not (folder / "config.json").exists(): raise RunError(f"{folder} is no run folder (it has no config.json): give the --out of a training run")
-    settings = from_json(TrainSettings, (folder / "config.json").read_text(encoding="utf-8"))
+    try: settings = from_json(TrainSettings, (folder / "config.json").read_text(encoding="utf-8"))
+    except (UsageError, UnicodeDecodeError) as error:
+        raise RunError(f"{folder / 'config.json'} is damaged or of another version ({error}): train anew into another folder") from None
     steps = checkpoint_steps(folder / "checkpoints")
     if not steps or step not in (None, *steps):
         raise RunError(f"{folder} has {'no finished checkpoint' if not steps else f'no checkpoint {step}, only {steps}'}: train it, or go on with --resume")
@@ -59,7 +62,8 @@ def check_folder(folder: Path, settings: TrainSettings, resume: bool) -> None:
     "Raises UsageError where the run folder stands against this run."
     config = folder / "config.json"
     if resume and config.exists():
-        before, now = json.loads(config.read_text(encoding="utf-8")), json.loads(to_json(settings))
+        try: before, now = json.loads(config.read_text(encoding="utf-8")), json.loads(to_json(settings))
+        except ValueError: raise RunError(f"{config} is damaged, so nothing can be resumed: give another --out") from None
         differs = [key for key in now if before.get(key) != now[key]]
         if differs:
             raise UsageError(f"{folder} was started with {differs[0]} = {before.get(differs[0])}, not {now[differs[0]]}: "
@@ -105,6 +109,7 @@ def train(folder: str | Path, settings: TrainSettings, resume: bool = False, on_
           stop: Callable[[], bool] = lambda: False, show: bool = True) -> Run:
     "Train to `settings.steps`, or until `stop()`; returns the run. An interrupt saves a checkpoint first."
     folder, started = Path(folder), time.monotonic()
+    settings = replace(settings, device=str(best_device(settings.device)))
     check_folder(folder, settings, resume)
     run = build(folder, settings, load_corpus(settings.corpus))
     start_folder(run)
