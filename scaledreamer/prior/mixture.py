@@ -40,6 +40,7 @@ class Components:
     def __init__(self, means: Means, weights: Weights | None = None) -> None:  # no weights: equal ones
         weights = weights or {caption: m.new_ones(len(m)) for caption, m in means.items()}
         _check_components(means, weights)
+        self.captions, self.shape = tuple(means), tuple(next(iter(means.values())).shape[1:])
         table = torch.cat([m.reshape(len(m), -1) for m in means.values()])
         self.center = table.mean(0)
         self.table = table - self.center  # [K, D]
@@ -61,6 +62,16 @@ class Components:
             return slice(int(ends[captions[0]] - self.counts[captions[0]]), int(ends[captions[-1]]))
         return torch.isin(self.owner, torch.tensor(captions)).nonzero()[:, 0]
 
+    def logits(self, x: Float[Tensor, "b d"], a: Float[Tensor, "b 1"], v: Float[Tensor, "b 1"], rows: slice | Tensor) -> Float[Tensor, "b k"]:
+        "log(w_i N(x; a m_i, v I)) up to a term common to all `rows`; x is measured from a times the centre."
+        return self.log_weights[rows] + (a * (x @ self.table[rows].T) - a.square() * self.half_norms[rows]) / v
+
+    def denoise(self, x: Float[Tensor, "b d"], a: Float[Tensor, "b 1"], v: Float[Tensor, "b 1"], rows: slice | Tensor,
+                log_w: Float[Tensor, "b k"]) -> tuple[Float[Tensor, "b d"], Float[Tensor, " b"]]:
+        "The mean that explains `x` best, from the centre, and the log of its mass; `log_w` of the captions of `rows`."
+        logits = log_w + self.logits(x, a, v, rows)
+        return logits.softmax(1) @ self.table[rows], logits.logsumexp(1)
+
 # %% ../../nbs/02_prior/02_mixture.ipynb #f7524b96
 def caption_row(
     captions: tuple[str, ...],
@@ -81,16 +92,15 @@ class MixturePrior:
 
     def __init__(
         self,
-        components: Means,  # the means of each caption, e.g. images [k, 3, h, w] in [-1, 1]
+        components: Means | Components,  # the means of each caption, e.g. images [k, 3, h, w] in [-1, 1]
         std: float = 0.05,  # bandwidth, at least 0
         weights: Weights | None = None,  # of the components of each caption; None: equal
         schedule: NoiseSchedule | None = None,  # None: Stable Diffusion's
     ) -> None:
         if not std >= 0:
             raise UsageError(f"std is {std}: expected a bandwidth of at least 0")
-        self.captions = tuple(components)
-        self.components = Components(components, weights)
-        self.latent_shape = tuple(next(iter(components.values())).shape[1:])
+        self.components = components if isinstance(components, Components) else Components(components, weights)
+        self.captions, self.latent_shape = self.components.captions, self.components.shape
         self.std, self.schedule, self._rows = std, schedule or scaled_linear(), {}
         self.image_size = self.latent_shape[-1] if len(self.latent_shape) == 3 else 0  # 0: not images
 
@@ -146,12 +156,9 @@ def _noise_and_density(prior: MixturePrior, x_t: Tensor, t: Tensor, tokens: Tens
     mean, log_mass = torch.empty_like(x), x.new_empty(len(x))
     for captions, items in _supports(tokens):
         rows = parts.rows(captions)
-        table, a = parts.table[rows], alpha[items]
         caption = tokens[items, 0] / tokens[items, 0].sum(1, keepdim=True)
-        log_w = parts.log_weights[rows] + caption.to(x).log()[:, parts.owner[rows].to(caption.device)]
-        logits = log_w + (a * (x[items] @ table.T) - a.square() * parts.half_norms[rows]) / v[items]
-        mean[items] = logits.softmax(1) @ table
-        log_mass[items] = logits.logsumexp(1)
+        log_w = caption.to(x).log()[:, parts.owner[rows].to(caption.device)]
+        mean[items], log_mass[items] = parts.denoise(x[items], alpha[items], v[items], rows, log_w)
     eps = sigma * (x - alpha * mean) / v
     log_density = log_mass - (x.square().sum(1) / v[:, 0] + x.shape[1] * (2 * math.pi * v[:, 0]).log()) / 2
     return eps.reshape(x_t.shape).to(x_t.dtype), log_density
