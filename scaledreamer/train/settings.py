@@ -31,7 +31,7 @@ from ..text.corpora import Prompt, load_corpus
 @dataclass(frozen=True)
 class DistillSettings:
     "How noise predictions become a gradient."
-    guidance: float | None = 3.0  # classifier-free guidance of the target; None: the method's own in the paper
+    guidance: float | None = 1.5  # classifier-free guidance of the target; None: the method's own in the paper
     eta: float = 0.1  # length of the shift's range, in parts of t - t_min (Sec. 3.2)
     shift: Literal["random", "deterministic"] = "random"
     views: Literal["tokens", "words", "perp-neg", "plain"] = "tokens"
@@ -91,7 +91,7 @@ class TrainSettings:
     loss: LossSettings = field(default_factory=LossSettings)
     optim: OptimSettings = field(default_factory=OptimSettings)
     cameras: FramedCameras | SingleCameras = field(default_factory=FramedCameras)
-    render: RenderSettings = field(default_factory=lambda: RenderSettings(beta=1 / 60, gradients=512))
+    render: RenderSettings = field(default_factory=lambda: RenderSettings(beta=1 / 60, bound=0.7, gradients=512))
 
     def __post_init__(self):
         for name in ("steps", "prompts", "views", "resolution", "log_every", "validate_every", "checkpoint_every"):
