@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 from ..camera.poses import orbit
 from ..core.figures import image_grid
 from ..core.settings import RunError, UsageError, from_json, replacing, to_json, write_atomic
-from ..core.tensors import best_device, machine, peak_memory_gb
+from ..core.tensors import best_device, devices, machine, peak_memory_gb
 from ..render.volume import render_views
 from ..text.corpora import load_corpus, read_manifest, write_manifest
 from .checkpoints import checkpoint_steps, load_checkpoint, save_checkpoint
@@ -27,7 +27,7 @@ from .step import Run, build, training_step
 
 # %% ../../nbs/11_train/03_trainer.ipynb #45209a7e
 def open_run(folder: str | Path, step: int | None = None) -> Run:
-    "A run folder with the weights of its last (or given) checkpoint. Raises RunError for a folder that is no run or has no such checkpoint."
+    "A run folder with the weights of its last (or given) checkpoint, on its own device where that is here. Raises RunError for a folder that is no run or has no such checkpoint."
     folder = Path(folder)
     if not (folder / "config.json").exists(): raise RunError(f"{folder} is no run folder (it has no config.json): give the --out of a training run")
     try: settings = from_json(TrainSettings, (folder / "config.json").read_text(encoding="utf-8"))
@@ -36,6 +36,7 @@ def open_run(folder: str | Path, step: int | None = None) -> Run:
     steps = checkpoint_steps(folder / "checkpoints")
     if not steps or step not in (None, *steps):
         raise RunError(f"{folder} has {'no finished checkpoint' if not steps else f'no checkpoint {step}, only {steps}'}: train it, or go on with --resume")
+    if settings.device not in devices(): settings = replace(settings, device=str(best_device()))
     run = build(folder, settings, read_manifest(folder / "prompts.jsonl"))
     run.step = load_checkpoint(folder / "checkpoints" / f"{step or steps[-1]:06d}", run.generator)
     return run
