@@ -2,9 +2,11 @@
 
 import json
 import re
+import signal
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +17,9 @@ from scaledreamer.train.checkpoints import checkpoint_steps
 from scaledreamer.train.settings import DistillSettings, TrainSettings, paper
 from scaledreamer.train.step import step_prompts
 from scaledreamer.train.trainer import open_run, train
+
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture(scope="module")
@@ -44,16 +49,41 @@ def test_same_seed_same_run(run, settings, tmp_path):
 
 
 def test_an_interrupt_saves_and_resumes_exactly(run, settings, tmp_path):
+    "Ctrl-C in the middle of the third step: the step is finished, saved and counted."
     def interrupt(step, metrics):
         if step == 2:
-            raise KeyboardInterrupt
+            signal.raise_signal(signal.SIGINT)
 
     with pytest.raises(KeyboardInterrupt):
         train(tmp_path / "cut", settings, on_step=interrupt, show=False)
+    assert checkpoint_steps(tmp_path / "cut/checkpoints") == [2, 3]
     train(tmp_path / "cut", settings, resume=True, show=False)
     assert (tmp_path / "cut/metrics.jsonl").read_bytes() == (run.folder / "metrics.jsonl").read_bytes()
     for a, b in zip(open_run(tmp_path / "cut").generator.parameters(), run.generator.parameters()):
         assert torch.equal(a, b)
+
+
+def test_a_gradient_that_is_not_finite_costs_no_checkpoint(settings, tmp_path, monkeypatch):
+    "The loss may be fine where the gradient of a weight is not: neither the weights nor a checkpoint may take it."
+    from scaledreamer.train import step as module
+
+    def poisoned(folder, s, prompts):
+        run = build(folder, s, prompts)
+        run.generator.encoder.table.register_hook(lambda gradient: gradient * (float("nan") if run.step == 3 else 1.0))
+        return run
+
+    build = module.build
+    monkeypatch.setattr("scaledreamer.train.trainer.build", poisoned)
+    with pytest.raises(RunError, match="step 3: the gradient is not finite; the checkpoints are intact"):
+        train(tmp_path / "run", settings, show=False)
+    monkeypatch.undo()
+    assert checkpoint_steps(tmp_path / "run/checkpoints") == [2]
+    assert train(tmp_path / "run", settings, resume=True, show=False).step == 4
+
+
+def test_published_figures_are_those_of_the_defaults():
+    published = ROOT / "nbs/90_experiments/results/main_job/config.json"
+    assert from_json(TrainSettings, published.read_text(encoding="utf-8")) == TrainSettings()
 
 
 def test_a_damaged_checkpoint_is_said_and_the_one_before_is_there(settings, tmp_path):
@@ -118,7 +148,7 @@ def test_the_paper_preset_survives_json():
     assert from_json(TrainSettings, to_json(paper())) == paper()
 
 
-@pytest.mark.parametrize("change", [{"method": "dds"}, {"generator": "nerf"}, {"prior": "nerf"}, {"corpus": "nothing"}, {"distill": DistillSettings(eta=3.0)},
+@pytest.mark.parametrize("change", [{"method": "dds"}, {"generator": "nerf"}, {"prior": "nerf"}, {"corpus": "nothing"}, {"distill": DistillSettings(eta=3.0)}, {"distill": DistillSettings(views="perp-neg")},
                                     {"device": "cuda:99"}])
 def test_refusals_come_before_the_folder(settings, tmp_path, change):
     with pytest.raises(UsageError):

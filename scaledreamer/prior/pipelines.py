@@ -7,6 +7,7 @@ __all__ = ['PARTS', 'quiet', 'small_tokenizer', 'random_pipeline', 'first_line',
 
 # %% ../../nbs/02_prior/03_pipelines.ipynb #ccc837db
 import json
+import logging
 import re
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -25,15 +26,17 @@ from ..core.settings import RunError, UsageError
 # %% ../../nbs/02_prior/03_pipelines.ipynb #1c6fa321
 @contextmanager
 def quiet() -> Iterator[None]:
-    "No progress bars and no reports from diffusers and transformers."
-    logs = (diffusers.utils.logging, transformers.utils.logging)
-    before = [(log.get_verbosity(), log.is_progress_bar_enabled()) for log in logs]
+    "No progress bars and no reports from diffusers, transformers and their hub."
+    logs, hub = (diffusers.utils.logging, transformers.utils.logging), logging.getLogger("huggingface_hub")
+    before, level = [(log.get_verbosity(), log.is_progress_bar_enabled()) for log in logs], hub.level
     try:
+        hub.setLevel(logging.CRITICAL)
         for log in logs:
             log.set_verbosity(log.CRITICAL)
             log.disable_progress_bar()
         yield
     finally:
+        hub.setLevel(level)
         for log, (verbosity, bar) in zip(logs, before):
             log.set_verbosity(verbosity)
             if bar:
@@ -100,8 +103,8 @@ PARTS = {
 
 
 def first_line(error: Exception) -> str:
-    "The first line of a message, without its full stop."
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(". ")
+    "The first sentence of a message, without its full stop."
+    return re.split(r"\.\s|\n", str(error).strip() or type(error).__name__)[0].rstrip(". ")
 
 
 
@@ -147,7 +150,9 @@ def load_part(cls: Any, path_or_id: str | Path, part: str, variant: str | None =
 
 
 def load_plain(cls: Any, path_or_id: str | Path, part: str) -> Any:
-    "A part without weights, tokenizer or scheduler."
+    "A part without weights, tokenizer or scheduler. Raises `RunError` where its files are absent or unreadable."
+    folder = Path(path_or_id, part)
+    if Path(path_or_id).is_dir() and not any(folder.glob("*.json")): raise RunError(f"{folder} has no files: copy or download it again")
     try:
         with quiet():
             return cls.from_pretrained(str(path_or_id), subfolder=part)

@@ -18,7 +18,7 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from ..core.settings import UsageError
+from ..core.settings import RunError, UsageError
 from .base import TextEmbedding
 from .clip_text import TextCache
 from .pipelines import load_part, load_plain, pipeline_index, quiet
@@ -99,6 +99,8 @@ class StableDiffusionPrior:
         variant: str | None = None,  # of the weight files, e.g. "fp16"
     ) -> Self:
         "Raises `UsageError` for what is no Stable Diffusion and `RunError` for damaged files, naming them and the remedy."
+        if path_or_id == TINY and not TINY.is_dir():
+            raise RunError(f"the shipped weights are not in {TINY}: install the package again, or make them with scaledreamer make-prior")
         return cls(*open_parts(path_or_id, strict, variant)).to(device, dtype)
 
     def to(self, device: str | torch.device, dtype: torch.dtype | None = None) -> Self:

@@ -7,7 +7,9 @@ __all__ = ['Images', 'covering_cameras', 'cut_out', 'toybox_mixture']
 
 # %% ../../nbs/02_prior/09_toybox_mixture.ipynb #df274c7f
 import itertools
+from functools import lru_cache
 from typing import Literal
+from zlib import crc32
 
 import torch
 from jaxtyping import Float
@@ -35,9 +37,10 @@ def covering_cameras(each: int, generator: torch.Generator) -> Cameras:
 Images = Float[Tensor, "k 3 h w"]
 
 
-def cut_out(prompt: str, mode: Literal["words", "tokens"], each: int, size: int, generator: torch.Generator) -> dict[str, tuple[Images, Float[Tensor, "k h w"]]]:
-    "Renders of one prompt in [-1, 1] before grey, and how much of the background they show, by the text of their view."
-    cameras = covering_cameras(each, generator)
+@lru_cache(maxsize=64)
+def cut_out(prompt: str, mode: Literal["words", "tokens"], each: int, size: int, seed: int) -> dict[str, tuple[Images, Float[Tensor, "k h w"]]]:
+    "Renders of one prompt in [-1, 1] before grey, and how much of the background they show, by the text of their view; the same in every set of prompts."
+    cameras = covering_cameras(each, torch.Generator().manual_seed(seed + crc32(prompt.encode())))
     seen = render_object(object_of(prompt), cameras, size)
     images, shows = seen.over(torch.full((3,), 0.5)).movedim(-1, 1) * 2 - 1, (~seen.mask).float()
     texts = view_prompts([prompt] * len(images), cameras.azimuth[0], cameras.elevation[0], mode)
@@ -45,11 +48,10 @@ def cut_out(prompt: str, mode: Literal["words", "tokens"], each: int, size: int,
     return {text: (images[row], shows[row]) for text, row in rows.items()}
 
 
-def toybox_mixture(prompts: tuple[str, ...], mode: str = "tokens", each: int = 4, size: int = 32, seed: int = 0, show: bool = False) -> MixturePrior:
+def toybox_mixture(prompts: tuple[str, ...], mode: str = "tokens", each: int = 2, size: int = 32, seed: int = 0, show: bool = False) -> MixturePrior:
     "The exact prior over renders of `prompts`, told views in words or in tokens. Raises UsageError for prompts outside Toybox's grammar."
-    generator = torch.Generator().manual_seed(seed)
     found: dict[str, tuple[Tensor, Tensor]] = {}
     for prompt in tqdm(prompts, desc="renders of the mixture", disable=not show):
-        try: found |= cut_out(prompt, "words" if mode == "words" else "tokens", each, size, generator)
+        try: found |= cut_out(prompt, "words" if mode == "words" else "tokens", each, size, seed)
         except ValueError as error: raise UsageError(f"the mixture prior is made of Toybox renders: {error}") from None
     return MixturePrior(Cutouts({text: images for text, (images, _) in found.items()}, {text: shows for text, (_, shows) in found.items()}))

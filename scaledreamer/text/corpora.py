@@ -33,7 +33,7 @@ def number(texts: Iterable[tuple[str, str]]) -> tuple[Prompt, ...]:
 # %% ../../nbs/10_text/00_corpora.ipynb #76b6bb1e
 def read_texts(path: Path) -> list[tuple[str, str]]:
     "(text, split) pairs of a corpus file. Raises UsageError for a file that is no corpus."
-    try: content = path.read_text(encoding="utf-8")
+    try: content = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error: raise UsageError(f"{path} is not UTF-8 (byte {error.start}): save the corpus as UTF-8") from None
     except OSError as error: raise UsageError(f"{path} cannot be read ({error.strerror}): give a corpus file or one of {', '.join(CORPORA)}") from None
     if path.suffix != ".json": return [(line.strip(), "train") for line in content.splitlines() if line.strip()]
@@ -64,6 +64,9 @@ def write_manifest(path: Path, prompts: Iterable[Prompt]) -> None:
 
 def read_manifest(path: Path) -> tuple[Prompt, ...]:
     "The prompts of a run. Raises RunError for a missing or broken manifest."
-    try: return tuple(Prompt(**json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines())
+    try:
+        prompts = tuple(Prompt(**json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines())
+        if not prompts: raise ValueError("no prompt in it")
+        return prompts
     except (OSError, ValueError, TypeError) as error:
         raise RunError(f"{path} is missing or damaged ({type(error).__name__}): the folder is no run, or its start was cut off") from None

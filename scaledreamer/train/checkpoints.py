@@ -56,7 +56,7 @@ def save_checkpoint(folder: Path, step: int, generator: nn.Module, optimizer: to
 
 def checkpoint_steps(folder: Path) -> list[int]:
     "Steps of the finished checkpoints, in order."
-    return sorted(int(path.name) for path in folder.glob("[0-9]*") if (path / "state.json").exists()) if folder.is_dir() else []
+    return sorted(int(path.name) for path in folder.glob("[0-9]*") if path.name.isdecimal() and (path / "state.json").exists()) if folder.is_dir() else []
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:

@@ -39,6 +39,10 @@ class DistillSettings:
     window_end: tuple[float, float] = (0.02, 0.5)  # the same at the last step
     negative: str = ""  # text of the unconditional prediction
 
+    def __post_init__(self):
+        for low, high in (self.window_start, self.window_end):
+            if not 0 <= low <= high < 1: raise UsageError(f"a window of timesteps is ({low}, {high}): expected 0 <= smallest <= largest < 1, in parts of T")
+
     def window(self, steps: int) -> TimestepWindow: return annealed_window(steps, self.window_start, self.window_end)
 
     def law(self) -> ShiftLaw: return (random_shift if self.shift == "random" else deterministic_shift)(self.eta)
@@ -66,6 +70,10 @@ class OptimSettings:
     eps: float = 1e-8
     warmup: int = 20
     final: float = 0.1
+
+    def __post_init__(self):
+        if not self.lr > 0: raise UsageError(f"lr is {self.lr}: expected a number above 0")
+        if not all(0 <= beta < 1 for beta in self.betas): raise UsageError(f"betas are {self.betas}: expected two numbers from 0 to below 1")
 
     def lr_at(self, step: int, steps: int) -> float:
         return self.lr * min(1.0, (step + 1) / max(self.warmup, 1)) * LinearSchedule(0.5 * steps, 1.0, self.final, max(steps, 1))(step)
@@ -96,6 +104,7 @@ class TrainSettings:
     def __post_init__(self):
         for name in ("steps", "prompts", "views", "resolution", "log_every", "validate_every", "checkpoint_every"):
             if getattr(self, name) < 1: raise UsageError(f"{name} is {getattr(self, name)}: expected a whole number of at least 1")
+        if not 0 <= self.seed < 2**32: raise UsageError(f"seed is {self.seed}: expected a whole number from 0 to {2**32 - 1}")
 
 
 def paper() -> TrainSettings:
@@ -122,9 +131,9 @@ def method_of(settings: TrainSettings) -> Method:
 def make_prior(settings: TrainSettings, prompts: tuple[Prompt, ...]) -> Prior:
     "The 2D prior, frozen, on the run's device."
     match settings.prior:
-        case "tiny-sd": return StableDiffusionPrior.from_pretrained(device=settings.device)
-        case "mixture": return toybox_mixture(tuple(prompt.text for prompt in prompts), settings.distill.views, seed=settings.seed)
-        case path_or_id if "/" in path_or_id or Path(path_or_id).exists(): return StableDiffusionPrior.from_pretrained(path_or_id, device=settings.device)
+        case "tiny-sd": return StableDiffusionPrior.from_pretrained(device=settings.device, strict=True)
+        case "mixture": return toybox_mixture(tuple(prompt.text for prompt in prompts), settings.distill.views, seed=settings.seed).to(settings.device)
+        case path_or_id if "/" in path_or_id or Path(path_or_id).exists(): return StableDiffusionPrior.from_pretrained(path_or_id, device=settings.device, strict=True)
         case name: raise UsageError(f"no prior {name!r}: give tiny-sd, mixture, a Stable Diffusion folder or a hub id such as OWNER/NAME")
 
 

@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from ..camera.cameras import Cameras
-from ..camera.poses import sample_cameras
+from ..camera.poses import orbit, sample_cameras
 from ..camera.rays import camera_rays
 from ..camera.views import view_prompts
 from ..core.settings import RunError
@@ -86,10 +86,12 @@ class Run:
 
 
 def build(folder: Path, settings: TrainSettings, prompts: tuple[Prompt, ...]) -> Run:
-    "A run at step 0. Raises UsageError for words that name no part, before any part is made."
+    "A run at step 0. Raises UsageError for words that name no part, before any part is made, and for texts that the prior cannot read whole with their view."
     method_of(settings), check_generator_name(settings), settings.distill.law(), best_device(settings.device)
     prior = make_prior(settings, prompts)
-    texts = prior.encode_text([prompt.text for prompt in prompts if prompt.split == "train"])
+    trained = [prompt.text for prompt in prompts if prompt.split == "train"]
+    conditioning(prior, trained, orbit(1, prompts=len(trained)), settings.distill)
+    texts = prior.encode_text(trained)
     generator = make_generator(settings, texts.tokens.shape[-1])
     if hasattr(generator, "standardise"): generator.standardise(texts)
     return Run(folder, settings, prompts, prior, generator)
@@ -127,9 +129,10 @@ def training_step(run: Run, optimizer: torch.optim.Optimizer, texts: TextEmbeddi
     total = torch.stack(list(losses.values())).sum()
     optimizer.zero_grad(set_to_none=True)
     total.backward()
-    if not all(math.isfinite(float(x.detach())) for x in (total, score.gradient.norm())):
+    gradients = [p.grad.norm() for p in run.generator.parameters() if p.grad is not None]
+    if not all(math.isfinite(float(x.detach())) for x in (total, score.gradient.norm(), *gradients)):
         bad = [name for name, loss in losses.items() if not math.isfinite(float(loss.detach()))]
-        raise RunError(f"step {run.step}: {', '.join(bad) or 'the gradient'} is not finite; the last checkpoint is intact: resume with a lower --optim.lr or --distill.guidance")
+        raise RunError(f"step {run.step}: {', '.join(bad) or 'the gradient'} is not finite; the checkpoints are intact: start anew with a lower --optim.lr or --distill.guidance")
     for group in optimizer.param_groups: group["lr"] = s.optim.lr_at(run.step, s.steps)
     optimizer.step()
     return {f"loss_{name}": float(loss.detach()) for name, loss in losses.items()} | {
