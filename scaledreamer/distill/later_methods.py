@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['DEFECTS', 'DESCRIPTION', 'nfsd', 'sds_bridge', 'ddim_step', 'invert', 'sdi', 'ism']
 
-# %% ../../nbs/04_distill/05_later_methods.ipynb #e9c208a4
+# %% ../../nbs/04_distill/05_later_methods.ipynb #cc706faa
 from collections.abc import Callable
 
 import torch
@@ -18,7 +18,7 @@ from .methods import ScoreGradient, guided, questions, score
 from ..prior.base import Conditioning, guide, predict_together
 from ..prior.schedule import NoiseSchedule
 
-# %% ../../nbs/04_distill/05_later_methods.ipynb #2cdb2956
+# %% ../../nbs/04_distill/05_later_methods.ipynb #a1beab3c
 DEFECTS = "unrealistic, blurry, low quality, out of focus, ugly, low contrast, dull, dark, low-resolution, gloomy"  # NFSD's bad images
 
 
@@ -32,7 +32,7 @@ def nfsd(prior, latents, text, t, noise, t_shifted=None, guidance=7.5, weight=sd
     source = torch.where((t < clean).reshape(-1, *[1] * (bad.ndim - 1)), 0, bad)
     return score(prior, weight, guided(answers, text, guidance), source, answers[0], t)
 
-# %% ../../nbs/04_distill/05_later_methods.ipynb #5d632b80
+# %% ../../nbs/04_distill/05_later_methods.ipynb #bbd44833
 DESCRIPTION = "oversaturated, smooth, pixelated, cartoon, foggy, hazy, blurry, bad structure, noisy, malformed"  # SDS-Bridge's, of what SDS leaves
 
 
@@ -45,7 +45,7 @@ def sds_bridge(prior, latents, text, t, noise, t_shifted=None, guidance=40.0, we
     wanted, source = predict_together(prior, [(x_t, t, text.positive), (x_t, t, text.described)], camera)
     return score(prior, weight, guide(source, wanted, guidance), source, source, t)
 
-# %% ../../nbs/04_distill/05_later_methods.ipynb #9e264cc4
+# %% ../../nbs/04_distill/05_later_methods.ipynb #bd1f58fb
 def ddim_step(schedule: NoiseSchedule, x_t: Float[Tensor, "b ..."], eps: Float[Tensor, "b ..."], t: Int[Tensor, " b"], to: Int[Tensor, " b"]) -> Float[Tensor, "b ..."]:
     "x at timestep `to`, up or down, if its noise is `eps`."
     return schedule.add_noise(schedule.x0_from_eps(x_t, eps, t), eps, to)
@@ -73,7 +73,7 @@ def invert(
         x, t = x.index_copy(0, rows, moved), t.index_copy(0, rows, to)
     return x
 
-# %% ../../nbs/04_distill/05_later_methods.ipynb #ec4759d3
+# %% ../../nbs/04_distill/05_later_methods.ipynb #f84ee48b
 @torch.no_grad()
 def sdi(prior, latents, text, t, noise, t_shifted=None, guidance=7.5, weight=sds_weight, camera=None, inversion_guidance=-7.5, stride=100, eta=0.3) -> ScoreGradient:
     "Score Distillation via Inversion: the renders are points, with the noise that leads to them. A `Method`; `t_shifted` plays no part."
@@ -85,7 +85,7 @@ def sdi(prior, latents, text, t, noise, t_shifted=None, guidance=7.5, weight=sds
     answers = predict_together(prior, questions(x_t, t, text), camera)
     return score(prior, weight, guided(answers, text, guidance), prior.schedule.eps_from_x0(x_t, latents, t), answers[0], t)
 
-
+# %% ../../nbs/04_distill/05_later_methods.ipynb #de8f7d89
 @torch.no_grad()
 def ism(prior, latents, text, t, noise, t_shifted=None, guidance=7.5, weight=sds_weight, camera=None, stride=200, interval=50) -> ScoreGradient:
     "Interval Score Matching: the renders are what the prior sees without text, `interval` below on their path. A `Method`; `t_shifted` plays no part."
