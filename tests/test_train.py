@@ -13,8 +13,9 @@ import torch
 
 from scaledreamer.commands.cli import main
 from scaledreamer.core.settings import RunError, UsageError, from_json, to_json
+from scaledreamer.distill.estimator import LoRAEstimator
 from scaledreamer.train.checkpoints import checkpoint_steps
-from scaledreamer.train.settings import DistillSettings, TrainSettings, paper
+from scaledreamer.train.settings import DistillSettings, TrainSettings, paper, read_settings
 from scaledreamer.train.step import step_prompts
 from scaledreamer.train.trainer import open_run, train
 
@@ -83,7 +84,44 @@ def test_a_gradient_that_is_not_finite_costs_no_checkpoint(settings, tmp_path, m
 
 def test_published_figures_are_those_of_the_defaults():
     published = ROOT / "nbs/90_experiments/results/main_job/config.json"
-    assert from_json(TrainSettings, published.read_text(encoding="utf-8")) == TrainSettings()
+    assert read_settings(published.read_text(encoding="utf-8")) == TrainSettings()
+@pytest.mark.parametrize("method", ["vsd", "esd"])
+def test_an_estimator_is_trained_saved_and_resumed_exactly(settings, tmp_path, method):
+    own = replace(settings, prior="tiny-sd", method=method, distill=DistillSettings(estimator_lr=1e-3))
+    whole, done = train(tmp_path / "whole", own, show=False), []
+    train(tmp_path / "cut", own, stop=lambda: len(done) == 3, on_step=lambda step, metrics: done.append(step), show=False)
+    cut = train(tmp_path / "cut", own, resume=True, show=False)
+    assert (tmp_path / "cut/metrics.jsonl").read_bytes() == (tmp_path / "whole/metrics.jsonl").read_bytes()
+    assert "loss_estimator" in (tmp_path / "whole/metrics.jsonl").read_text()
+    opened, fresh = open_run(tmp_path / "whole"), LoRAEstimator(whole.prior, seed=own.seed)
+    for name, weight in whole.estimator.estimator.state_dict().items():
+        assert torch.equal(weight, cut.estimator.estimator.state_dict()[name]) and torch.equal(weight, opened.estimator.estimator.state_dict()[name])
+    assert any(not torch.equal(weight, fresh.state_dict()[name]) for name, weight in opened.estimator.estimator.state_dict().items())
+    (tmp_path / "whole/checkpoints/000004/estimator.safetensors").unlink()
+    with pytest.raises(RunError, match="estimator.safetensors cannot be read"):
+        open_run(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("method", ["sds", "csd", "nfsd", "bridge", "sdi", "ism"])
+def test_every_method_trains(settings, tmp_path, method):
+    texts = {"views": "plain", "description": "<az+0> <el+15>", "second_stage": 0.5} if method == "bridge" else {"views": "words", "defects": "a blue cube, side view"}
+    own = replace(settings, steps=2, checkpoint_every=2, method=method, distill=DistillSettings(**texts))
+    train(tmp_path / "run", own, show=False)
+    lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert len(lines) == 2 and all(line[f"loss_{method}"] > 0 for line in lines)
+
+
+def test_runs_from_before_a_setting_still_open_and_resume(settings, tmp_path):
+    train(tmp_path / "run", settings, stop=lambda: True, show=False)
+    config = tmp_path / "run/config.json"
+    old = json.loads(config.read_text())
+    for name in ("estimator_lr", "defects", "description", "second_stage"):
+        del old["distill"][name]
+    config.write_text(json.dumps(old))
+    assert open_run(tmp_path / "run").settings == settings
+    with pytest.raises(UsageError, match="was started with seed = 0, not 1"):
+        train(tmp_path / "run", replace(settings, seed=1), resume=True, show=False)
+    assert train(tmp_path / "run", settings, resume=True, show=False).step == 4
 
 
 def test_a_damaged_checkpoint_is_said_and_the_one_before_is_there(settings, tmp_path):
@@ -148,7 +186,7 @@ def test_the_paper_preset_survives_json():
     assert from_json(TrainSettings, to_json(paper())) == paper()
 
 
-@pytest.mark.parametrize("change", [{"method": "dds"}, {"generator": "nerf"}, {"prior": "nerf"}, {"corpus": "nothing"}, {"distill": DistillSettings(eta=3.0)}, {"distill": DistillSettings(views="perp-neg")},
+@pytest.mark.parametrize("change", [{"method": "dds"}, {"generator": "nerf"}, {"prior": "nerf"}, {"corpus": "nothing"}, {"distill": DistillSettings(eta=3.0)}, {"method": "vsd"}, {"distill": DistillSettings(views="perp-neg")},
                                     {"device": "cuda:99"}])
 def test_refusals_come_before_the_folder(settings, tmp_path, change):
     with pytest.raises(UsageError):

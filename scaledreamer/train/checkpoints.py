@@ -18,6 +18,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ..core.settings import RunError
+from ..distill.estimator import Estimator
+from ..distill.vsd import EstimatorTrainer
 
 # %% ../../nbs/11_train/01_checkpoints.ipynb #394a0a9a
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -35,7 +37,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor])
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 # %% ../../nbs/11_train/01_checkpoints.ipynb #83ed299c
-def save_checkpoint(folder: Path, step: int, generator: nn.Module, optimizer: torch.optim.Optimizer) -> Path:
+def save_checkpoint(folder: Path, step: int, generator: nn.Module, optimizer: torch.optim.Optimizer, estimator: EstimatorTrainer | None = None) -> Path:
     "Write `folder/<step>`, whole or not at all. Raises RunError on a full disk; earlier checkpoints stay."
     final, partial = folder / f"{step:06d}", folder / f".{step:06d}"
     try:
@@ -43,6 +45,9 @@ def save_checkpoint(folder: Path, step: int, generator: nn.Module, optimizer: to
         partial.mkdir(parents=True)
         save_file({k: v.contiguous() for k, v in generator.state_dict().items()}, partial / "generator.safetensors")
         save_file(optimizer_tensors(optimizer), partial / "optimizer.safetensors")
+        if estimator is not None:
+            save_file({k: v.detach().contiguous() for k, v in estimator.estimator.state_dict().items()}, partial / "estimator.safetensors")
+            save_file(optimizer_tensors(estimator.optimizer), partial / "estimator_optimizer.safetensors")
         (partial / "state.json").write_text(json.dumps({"step": step}), encoding="utf-8")
         shutil.rmtree(final, ignore_errors=True)
         os.replace(partial, final)
@@ -53,7 +58,7 @@ def save_checkpoint(folder: Path, step: int, generator: nn.Module, optimizer: to
                        "free some space and go on with --resume from the checkpoint before") from None
     return final
 
-
+# %% ../../nbs/11_train/01_checkpoints.ipynb #33d02b57
 def checkpoint_steps(folder: Path) -> list[int]:
     "Steps of the finished checkpoints, in order."
     return sorted(int(path.name) for path in folder.glob("[0-9]*") if path.name.isdecimal() and (path / "state.json").exists()) if folder.is_dir() else []
@@ -66,15 +71,22 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         raise RunError(f"{path} cannot be read ({str(error).splitlines()[0]}): delete this checkpoint and resume from the one before") from None
 
 
-def load_checkpoint(folder: Path, generator: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> int:
-    "Load one checkpoint folder and return its step. Raises RunError for files that are damaged or of another generator."
-    tensors = read_tensors(folder / "generator.safetensors")
-    ours = {name: tuple(value.shape) for name, value in generator.state_dict().items()}
+def _put(module: nn.Module | Estimator, tensors: dict[str, Tensor], folder: Path, what: str) -> None:
+    "Load the tensors. Raises RunError where they are of another one."
+    ours = {name: tuple(value.shape) for name, value in module.state_dict().items()}
     theirs = {name: tuple(value.shape) for name, value in tensors.items()}
     wrong = [name for name in sorted(ours.keys() | theirs.keys()) if ours.get(name) != theirs.get(name)]
     if wrong:
-        raise RunError(f"{folder} is of another generator: {wrong[0]} is {theirs.get(wrong[0], 'missing')} there and "
+        raise RunError(f"{folder} is of another {what}: {wrong[0]} is {theirs.get(wrong[0], 'missing')} there and "
                        f"{ours.get(wrong[0], 'unknown')} here; use the settings it was trained with")
-    generator.load_state_dict(tensors)
+    module.load_state_dict(tensors)
+
+
+def load_checkpoint(folder: Path, generator: nn.Module, optimizer: torch.optim.Optimizer | None = None, estimator: EstimatorTrainer | None = None) -> int:
+    "Load one checkpoint folder and return its step. Raises RunError for files that are damaged or of another generator or estimator."
+    _put(generator, read_tensors(folder / "generator.safetensors"), folder, "generator")
     if optimizer is not None: load_optimizer(optimizer, read_tensors(folder / "optimizer.safetensors"))
+    if estimator is not None:
+        _put(estimator.estimator, read_tensors(folder / "estimator.safetensors"), folder, "estimator")
+        load_optimizer(estimator.optimizer, read_tensors(folder / "estimator_optimizer.safetensors"))
     return int(folder.name)

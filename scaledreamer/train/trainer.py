@@ -21,12 +21,12 @@ from tqdm.auto import tqdm
 
 from ..camera.poses import orbit
 from ..core.figures import image_grid
-from ..core.settings import RunError, UsageError, from_json, replacing, to_json, write_atomic
+from ..core.settings import RunError, UsageError, replacing, to_json, write_atomic
 from ..core.tensors import best_device, devices, machine, peak_memory_gb
 from ..render.volume import render_views
 from ..text.corpora import Prompt, load_corpus, read_manifest, write_manifest
 from .checkpoints import checkpoint_steps, load_checkpoint, save_checkpoint
-from .settings import TrainSettings
+from .settings import TrainSettings, read_settings
 from .step import Run, build, training_step
 
 # %% ../../nbs/11_train/03_trainer.ipynb #45209a7e
@@ -34,8 +34,8 @@ def open_run(folder: str | Path, step: int | None = None) -> Run:
     "A run folder with the weights of its last (or given) checkpoint, on its own device where that is here. Raises RunError for a folder that is no run or has no such checkpoint."
     folder = Path(folder)
     if not (folder / "config.json").exists(): raise RunError(f"{folder} is no run folder (it has no config.json): give the --out of a training run")
-    try: settings = from_json(TrainSettings, (folder / "config.json").read_text(encoding="utf-8"))
-    except (UsageError, UnicodeDecodeError) as error:
+    try: settings = read_settings((folder / "config.json").read_text(encoding="utf-8"))
+    except ValueError as error:
         raise RunError(f"{folder / 'config.json'} is damaged or of another version ({error}): train anew into another folder") from None
     steps = checkpoint_steps(folder / "checkpoints")
     if step is None and steps: step = steps[-1]
@@ -43,7 +43,7 @@ def open_run(folder: str | Path, step: int | None = None) -> Run:
         raise RunError(f"{folder} has {'no finished checkpoint' if not steps else f'no checkpoint {step}, only {steps}'}: train it, or go on with --resume")
     if settings.device not in devices(): settings = replace(settings, device=str(best_device()))
     run = build(folder, settings, read_manifest(folder / "prompts.jsonl"))
-    run.step = load_checkpoint(folder / "checkpoints" / f"{step:06d}", run.generator)
+    run.step = load_checkpoint(folder / "checkpoints" / f"{step:06d}", run.generator, estimator=run.estimator)
     return run
 
 # %% ../../nbs/11_train/03_trainer.ipynb #76a50183
@@ -68,7 +68,7 @@ def check_folder(folder: Path, settings: TrainSettings, prompts: tuple[Prompt, .
     "Raises UsageError where the run folder stands against this run, RunError where it is damaged."
     config = folder / "config.json"
     if resume and config.exists():
-        try: before, now = vars(from_json(TrainSettings, config.read_text(encoding="utf-8"))), vars(settings)
+        try: before, now = vars(read_settings(config.read_text(encoding="utf-8"))), vars(settings)
         except ValueError: raise RunError(f"{config} is damaged, so nothing can be resumed: give another --out") from None
         for key in now:
             if before[key] != now[key]: raise UsageError(f"{folder} was started with {key} = {before[key]}, not {now[key]}: resume with the same settings, or give another --out")
@@ -102,7 +102,7 @@ def loop(run: Run, optimizer: torch.optim.Optimizer, on_step: Callable | None, s
             run.step += 1
             bar.update()
             if run.step % s.validate_every == 0: validation_picture(run, run.folder / "validation" / f"{run.step:06d}.png")
-            if run.step % s.checkpoint_every == 0: save_checkpoint(run.folder / "checkpoints", run.step, run.generator, optimizer)
+            if run.step % s.checkpoint_every == 0: save_checkpoint(run.folder / "checkpoints", run.step, run.generator, optimizer, run.estimator)
             yield run.step
 
 # %% ../../nbs/11_train/03_trainer.ipynb #2a7102bc
@@ -140,11 +140,11 @@ def train(folder: str | Path, settings: TrainSettings, resume: bool = False, on_
     start_folder(run)
     optimizer = torch.optim.Adam(run.generator.parameters(), settings.optim.lr, settings.optim.betas, settings.optim.eps, fused=settings.device == "cpu")
     if steps := checkpoint_steps(folder / "checkpoints"):
-        run.step = load_checkpoint(folder / "checkpoints" / f"{steps[-1]:06d}", run.generator, optimizer)
+        run.step = load_checkpoint(folder / "checkpoints" / f"{steps[-1]:06d}", run.generator, optimizer, run.estimator)
     keep_metrics(folder / "metrics.jsonl", first := run.step)
     with interruptible() as interrupted:
         for _ in loop(run, optimizer, on_step, show):
             if stop() or interrupted(): break
-        if run.step not in checkpoint_steps(folder / "checkpoints"): save_checkpoint(folder / "checkpoints", run.step, run.generator, optimizer)
+        if run.step not in checkpoint_steps(folder / "checkpoints"): save_checkpoint(folder / "checkpoints", run.step, run.generator, optimizer, run.estimator)
         log_session(run, first, started)
     return run
