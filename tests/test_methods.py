@@ -12,9 +12,26 @@ from torch import nn
 from scaledreamer.core.prior_checks import check_method
 from scaledreamer.core.settings import RunError, UsageError
 from scaledreamer.core.tensors import generator
-from scaledreamer.distill.estimator import Estimator, LoRAEstimator, answer_together, estimator_loss
-from scaledreamer.distill.gradient import fantasia3d_weight, prescribed_gradient_loss, sds_weight, uniform_weight
-from scaledreamer.distill.later_methods import ddim_step, invert, ism, nfsd, sdi, sds_bridge
+from scaledreamer.distill.estimator import (
+    Estimator,
+    LoRAEstimator,
+    answer_together,
+    estimator_loss,
+)
+from scaledreamer.distill.gradient import (
+    fantasia3d_weight,
+    prescribed_gradient_loss,
+    sds_weight,
+    uniform_weight,
+)
+from scaledreamer.distill.later_methods import (
+    ddim_step,
+    invert,
+    ism,
+    nfsd,
+    sdi,
+    sds_bridge,
+)
 from scaledreamer.distill.methods import asd, cosine, csd, norms, sds, shares
 from scaledreamer.distill.timesteps import deterministic_shift
 from scaledreamer.distill.vsd import EstimatorTrainer, esd, vsd

@@ -121,8 +121,7 @@ class StableDiffusionPrior:
         return self.text(texts)
 
     def predict_noise(self, x_t: Tensor, t: Tensor, tokens: Tensor, camera: Tensor | None = None) -> Tensor:
-        if camera is not None:
-            raise UsageError("Stable Diffusion sees no camera: leave camera out, and put the view into the prompt")
+        if camera is not None: raise UsageError("Stable Diffusion sees no camera: leave camera out, and put the view into the prompt")
         return self.noise_by(self.unet, x_t, t, tokens)
 
     def noise_by(self, unet: UNet2DConditionModel, x_t: Tensor, t: Tensor, tokens: Tensor, class_labels: Tensor | None = None) -> Tensor:
