@@ -6,7 +6,7 @@
 __all__ = ['Length', 'ShiftRange', 'errors_at', 'eq3_table', 'SolvedShift', 'solve_shift', 'linear_length', 'sqrt_length',
            'constant_length', 'exactly', 'up_to', 'LawFit', 'law_range', 'fit_laws', 'shift_figure']
 
-# %% ../../nbs/03_curve/03_shift.ipynb #5d75a8b2
+# %% ../../nbs/03_curve/03_shift.ipynb #ec4df368
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -22,7 +22,7 @@ from ..core.settings import RunError, UsageError
 from ..core.tensors import generator
 from .error import ErrorCurve
 
-# %% ../../nbs/03_curve/03_shift.ipynb #729fb304
+# %% ../../nbs/03_curve/03_shift.ipynb #4a90ee20
 def errors_at(curve: ErrorCurve, times: Float[Tensor, " m"]) -> Float[Tensor, "n m"]:
     "Each image's errors at any times. Raises `UsageError` for a time outside the curve."
     first, last = int(curve.timesteps[0]), int(curve.timesteps[-1])
@@ -44,7 +44,7 @@ def eq3_table(curve: ErrorCurve, ts: Sequence[float], dts: Sequence[float]) -> F
     now, later = errors_at(curve, t), errors_at(curve, (t[:, None] + dt).flatten()).unflatten(1, (len(t), len(dt)))
     return (later <= now[..., None]).double().mean(0)
 
-# %% ../../nbs/03_curve/03_shift.ipynb #86fcdeba
+# %% ../../nbs/03_curve/03_shift.ipynb #8fdedd22
 def _solve(t: np.ndarray, pretrained: np.ndarray, finetuned: np.ndarray, last: int) -> tuple[np.ndarray, np.ndarray]:
     "Shift and side at each t."
     falling = isotonic_regression(pretrained, increasing=False).x
@@ -70,7 +70,7 @@ class SolvedShift:
     @property
     def solved(self) -> Bool[Tensor, " k"]: return self.side == 0
 
-# %% ../../nbs/03_curve/03_shift.ipynb #252d8f1b
+# %% ../../nbs/03_curve/03_shift.ipynb #53f97136
 def solve_shift(
     pretrained: ErrorCurve,
     finetuned: ErrorCurve,  # same images, same noises, same timesteps
@@ -96,7 +96,7 @@ def solve_shift(
     low, high = shifts[1:].quantile(torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64), 0)
     return SolvedShift(one.timesteps, shifts[0], sides[0], low, high, (sides[1:] == 0).double().mean(0))
 
-# %% ../../nbs/03_curve/03_shift.ipynb #64329484
+# %% ../../nbs/03_curve/03_shift.ipynb #f78ac847
 Length = Callable[[Tensor], Tensor]  # t [k] -> a shift [k]
 ShiftRange = Callable[[Tensor], tuple[Tensor, Tensor]]  # t [k] -> its lowest and highest shift [k], within the schedule
 
@@ -132,7 +132,7 @@ def exactly(length: Length, last: int = 999) -> ShiftRange:
 def up_to(length: Length, last: int = 999) -> ShiftRange:
     return lambda t: (torch.zeros_like(t), exactly(length, last)(t)[1])
 
-# %% ../../nbs/03_curve/03_shift.ipynb #9b6c0b46
+# %% ../../nbs/03_curve/03_shift.ipynb #05b713dd
 @dataclass(frozen=True)
 class LawFit:
     "A law beside the solved shift."
