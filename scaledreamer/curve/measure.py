@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ImageBatch', 'ImageSource', 'image_stream', 'stream_errors', 'read_partial', 'measure_curve']
 
-# %% ../../nbs/03_curve/01_measure.ipynb #589ae77e
+# %% ../../nbs/03_curve/01_measure.ipynb #19147188
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
@@ -23,7 +23,7 @@ from ..core.tensors import generator
 from .error import ErrorCurve, Predict, check_timesteps, noise_errors
 from ..prior.base import Prior
 
-# %% ../../nbs/03_curve/01_measure.ipynb #998ed0af
+# %% ../../nbs/03_curve/01_measure.ipynb #9a376f63
 @dataclass(frozen=True, eq=False)
 class ImageBatch:
     "Images with the texts under which they are seen."
@@ -65,7 +65,7 @@ def image_stream(seed: int, image: int, use: int = 0) -> torch.Generator:
     "Random numbers of one image for one use: 0 its noise, 1 its view, 2 its sampling."
     return generator(3 * (1_000_003 * seed + image) + use)
 
-# %% ../../nbs/03_curve/01_measure.ipynb #8c9836f0
+# %% ../../nbs/03_curve/01_measure.ipynb #d80bf7a5
 def stream_errors(
     prior: Prior,  # schedule, latents and texts are its own
     images: ImageSource,
@@ -98,7 +98,7 @@ def stream_errors(
                 if i >= first:
                     yield i, text, row
 
-# %% ../../nbs/03_curve/01_measure.ipynb #b46c23a1
+# %% ../../nbs/03_curve/01_measure.ipynb #3fedd1ad
 def read_partial(path: Path) -> tuple[dict[str, Any], list[tuple[str, list[float]]]]:
     "What is measured, and the finished (text, errors) of a partial file; a line cut short does not count."
     try:
@@ -122,7 +122,7 @@ def _compare(path: Path, i: int, kept: tuple[str, list[float]], text: str, error
     if kept[0] != text or not torch.allclose(torch.tensor(kept[1], dtype=torch.float64), errors, rtol=1e-3, atol=1e-9):
         raise UsageError(f"image {i} of {path} was measured on another image ({kept[0]!r}) or prior than this one ({text!r}): give another file, or delete it")
 
-# %% ../../nbs/03_curve/01_measure.ipynb #62bfc5f9
+# %% ../../nbs/03_curve/01_measure.ipynb #057613b0
 def measure_curve(
     prior: Prior,
     images: ImageSource,
