@@ -6,7 +6,7 @@
 __all__ = ['ToySettings', 'Draw', 'step_generator', 'draw_step', 'Free', 'make_optimizer', 'move', 'Frame', 'Asked',
            'conditioning', 'Lockstep', 'nearest_frames', 'strip', 'norm_curves']
 
-# %% ../../nbs/05_toy/01_lockstep.ipynb #4f7712be
+# %% ../../nbs/05_toy/01_lockstep.ipynb #51cbdc17
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,7 +26,7 @@ from ..distill.methods import Method, ScoreGradient
 from ..distill.timesteps import ShiftLaw, TimestepWindow, annealed_window, deterministic_shift, no_shift, random_shift, sample_timesteps
 from ..prior.base import Conditioning, Prior
 
-# %% ../../nbs/05_toy/01_lockstep.ipynb #c368604f
+# %% ../../nbs/05_toy/01_lockstep.ipynb #5d20b0f9
 @dataclass(frozen=True)
 class ToySettings:
     "How a toy runs; the seed and these decide every number in it."
@@ -58,7 +58,7 @@ class ToySettings:
         done = min(1.0, step / self.steps)
         return self.lr * (self.final + (1 - self.final) * (1 + math.cos(math.pi * done)) / 2)
 
-# %% ../../nbs/05_toy/01_lockstep.ipynb #48e252a9
+# %% ../../nbs/05_toy/01_lockstep.ipynb #28758829
 @dataclass(frozen=True, eq=False)
 class Draw:
     "What all methods share in a step."
@@ -86,7 +86,7 @@ def draw_step(settings: ToySettings, step: int, shape: tuple[int, ...], timestep
 
     return Draw(t.to(like.device), noise, t_shifted)
 
-# %% ../../nbs/05_toy/01_lockstep.ipynb #40ce30a4
+# %% ../../nbs/05_toy/01_lockstep.ipynb #0ca9c5db
 class Free(nn.Module):
     "Items that are parameters."
 
@@ -110,7 +110,7 @@ def move(items: Float[Tensor, "n ..."], gradient: Float[Tensor, "n ..."], optimi
     for group in optimizer.param_groups: group["lr"] = lr
     optimizer.step()
 
-# %% ../../nbs/05_toy/01_lockstep.ipynb #c3147743
+# %% ../../nbs/05_toy/01_lockstep.ipynb #077167ea
 @dataclass(frozen=True, eq=False)
 class Frame:
     "What was before step `step` moved the items; without a graph."
@@ -142,7 +142,7 @@ def conditioning(prior: Prior, text: str | Sequence[str], count: int, negative: 
     if len(texts) != count: raise UsageError(f"{len(texts)} texts for {count} items: give one for all, or one each")
     return Conditioning(prior.encode_text(texts).tokens, prior.encode_text([negative] * count).tokens)
 
-# %% ../../nbs/05_toy/01_lockstep.ipynb #d48120a8
+# %% ../../nbs/05_toy/01_lockstep.ipynb #1c79a8e8
 class Lockstep:
     "Several methods from one start on the same draws."
 
@@ -205,7 +205,7 @@ class Lockstep:
         except KeyboardInterrupt: pass
         return self
 
-# %% ../../nbs/05_toy/01_lockstep.ipynb #a6a4e504
+# %% ../../nbs/05_toy/01_lockstep.ipynb #86e7fd9c
 def nearest_frames(lockstep: Lockstep, steps: Sequence[int]) -> list[Frame]:
     "The recorded frame nearest to each step."
     if not lockstep.frames: raise UsageError("the lock-step has 0 frames: run it first")

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['arc', 'elsewhere', 'ring', 'moons', 'uneven', 'Modes', 'modes_of', 'true_source', 'exact_vsd']
 
-# %% ../../nbs/05_toy/00_points.ipynb #f01bffca
+# %% ../../nbs/05_toy/00_points.ipynb #1eb28d07
+import math
 import math
 from dataclasses import dataclass
 
@@ -20,17 +21,17 @@ from ..prior.base import Conditioning, Prior, guide, predict_together
 from ..prior.mixture import MixturePrior
 from ..prior.schedule import NoiseSchedule
 
-# %% ../../nbs/05_toy/00_points.ipynb #2701d5e2
+# %% ../../nbs/05_toy/00_points.ipynb #ba76609e
 def arc(count: int, radius: float, start: float, end: float) -> Float[Tensor, "k 2"]:
     "`count` places on a circle between two angles in degrees, half a gap away from both."
     angle = torch.deg2rad(start + (end - start) * (torch.arange(count) + 0.5) / count)
     return radius * torch.stack([angle.cos(), angle.sin()], 1)
 
 
-def elsewhere(variance: float = 1.125, side: int = 7) -> Float[Tensor, "k 2"]:
-    "A square grid of this variance along each axis."
-    line = torch.linspace(-1, 1, side)
-    return torch.cartesian_prod(line, line) * (variance / line.var(correction=0)).sqrt()
+def elsewhere(variance: float = 1.125, count: int = 60) -> Float[Tensor, "k 2"]:
+    "A disc, evenly filled (a sunflower), of this variance along each axis."
+    turn = math.pi * (3 - 5**0.5) * torch.arange(count)
+    return 2 * (variance * (torch.arange(count) + 0.5) / count).sqrt()[:, None] * torch.stack([turn.cos(), turn.sin()], 1)
 
 
 def ring(modes: int = 8, radius: float = 1.5, std: float = 0.15, wide: float = 1.0) -> MixturePrior:
@@ -51,7 +52,7 @@ def uneven(std: float = 0.15, shares: tuple[float, ...] = (0.5, 0.3, 0.15, 0.05)
     weights = {"uneven": torch.tensor(shares), "elsewhere": torch.ones(len(elsewhere()))}
     return MixturePrior({"uneven": arc(len(shares), 1.5, 0, 360), "elsewhere": elsewhere()}, std, weights)
 
-# %% ../../nbs/05_toy/00_points.ipynb #bbd8504f
+# %% ../../nbs/05_toy/00_points.ipynb #55dcad06
 @dataclass(frozen=True, eq=False)
 class Modes:
     "The Gaussians that a text allows."
@@ -73,7 +74,7 @@ def modes_of(prior: MixturePrior, text: str) -> Modes:
     kept = weights > 0
     return Modes((parts.table + parts.center)[kept].unflatten(1, parts.shape), weights[kept] / weights.sum(), prior.std)
 
-# %% ../../nbs/05_toy/00_points.ipynb #dca54e1f
+# %% ../../nbs/05_toy/00_points.ipynb #bcc272c2
 def true_source(
     particles: Float[Tensor, "n ..."],
     x_t: Float[Tensor, "b ..."],  # where to ask
@@ -84,7 +85,7 @@ def true_source(
     cloud = MixturePrior({"particles": particles.detach()}, std=0.0, schedule=schedule)
     return cloud.predict_noise(x_t, t, cloud.encode_text(["particles"]).tokens.expand(len(x_t), -1, -1))
 
-# %% ../../nbs/05_toy/00_points.ipynb #88565589
+# %% ../../nbs/05_toy/00_points.ipynb #23f1c21e
 @torch.no_grad()
 def exact_vsd(prior: Prior, latents: Tensor, text: Conditioning, t: Tensor, noise: Tensor, t_shifted: Tensor | None = None, guidance: float = 7.5,
               weight: Weight = sds_weight, camera: Tensor | None = None) -> ScoreGradient:
