@@ -61,11 +61,16 @@ class Conditioning:
     unconditional: Float[Tensor, "b n d"]
     negatives: Float[Tensor, "b k n d"] | None = None
     negative_weights: Float[Tensor, "b k"] | None = None  # signed: below 0 pushes away
+    plain: Float[Tensor, "b n d"] | None = None  # the positive text without its view, for VSD's estimator; None: as the positive
+    defects: Float[Tensor, "b n d"] | None = None  # what bad images are called, for NFSD
+    described: Float[Tensor, "b n d"] | None = None  # the positive text and what is wrong with the renders, for SDS-Bridge
 
     def __post_init__(self) -> None:
         b, *rest = self.positive.shape
-        if self.unconditional.shape != self.positive.shape:
-            raise UsageError(f"unconditional text is {list(self.unconditional.shape)}, positive {list(self.positive.shape)}: expected one shape")
+        for name in ("unconditional", "plain", "defects", "described"):
+            text = getattr(self, name)
+            if text is not None and text.shape != self.positive.shape:
+                raise UsageError(f"{name} text is {list(text.shape)}, positive {list(self.positive.shape)}: expected one shape")
         if (self.negatives is None) != (self.negative_weights is None):
             raise UsageError("negatives and negative_weights go together: give both or neither")
         if self.negatives is None:

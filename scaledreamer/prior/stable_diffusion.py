@@ -121,6 +121,10 @@ class StableDiffusionPrior:
     def predict_noise(self, x_t: Tensor, t: Tensor, tokens: Tensor, camera: Tensor | None = None) -> Tensor:
         if camera is not None:
             raise UsageError("Stable Diffusion sees no camera: leave camera out, and put the view into the prompt")
-        out = self.unet(x_t.to(self.unet.dtype), t, encoder_hidden_states=tokens.to(self.unet.dtype)).sample.to(x_t.dtype)
+        return self.noise_by(self.unet, x_t, t, tokens)
+
+    def noise_by(self, unet: UNet2DConditionModel, x_t: Tensor, t: Tensor, tokens: Tensor, class_labels: Tensor | None = None) -> Tensor:
+        "The noise that another U-Net of this kind sees, e.g. a fine-tuned one."
+        out = unet(x_t.to(unet.dtype), t, encoder_hidden_states=tokens.to(unet.dtype), class_labels=class_labels).sample.to(x_t.dtype)
         as_eps = {"epsilon": lambda *x: out, "v_prediction": self.schedule.eps_from_v, "sample": self.schedule.eps_from_x0}
         return as_eps[self.prediction_type](x_t, out, t)
