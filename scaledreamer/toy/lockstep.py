@@ -6,7 +6,7 @@
 __all__ = ['ToySettings', 'Draw', 'step_generator', 'draw_step', 'Free', 'make_optimizer', 'move', 'Frame', 'Asked',
            'conditioning', 'Lockstep', 'nearest_frames', 'strip', 'norm_curves']
 
-# %% ../../nbs/05_toy/01_lockstep.ipynb #51cbdc17
+# %% ../../nbs/05_toy/01_lockstep.ipynb #0cc2a585
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,7 +26,7 @@ from ..distill.methods import Method, ScoreGradient
 from ..distill.timesteps import ShiftLaw, TimestepWindow, annealed_window, deterministic_shift, no_shift, random_shift, sample_timesteps
 from ..prior.base import Conditioning, Prior
 
-# %% ../../nbs/05_toy/01_lockstep.ipynb #5d20b0f9
+# %% ../../nbs/05_toy/01_lockstep.ipynb #670cc741
 @dataclass(frozen=True)
 class ToySettings:
     "How a toy runs; the seed and these decide every number in it."
@@ -42,6 +42,8 @@ class ToySettings:
     shift: Literal["random", "deterministic", "none"] = "random"
     one_t: bool = False  # all items look at one t, so that arrows are a field
     negative: str = ""  # text of the unconditional prediction
+    defects: str = ""  # text of bad images, for NFSD
+    described: str = ""  # text of the items as they are, for SDS-Bridge
     stride: int = 20  # steps from frame to frame
     seed: int = 0
 
@@ -58,7 +60,7 @@ class ToySettings:
         done = min(1.0, step / self.steps)
         return self.lr * (self.final + (1 - self.final) * (1 + math.cos(math.pi * done)) / 2)
 
-# %% ../../nbs/05_toy/01_lockstep.ipynb #28758829
+# %% ../../nbs/05_toy/01_lockstep.ipynb #2809c349
 @dataclass(frozen=True, eq=False)
 class Draw:
     "What all methods share in a step."
@@ -86,7 +88,7 @@ def draw_step(settings: ToySettings, step: int, shape: tuple[int, ...], timestep
 
     return Draw(t.to(like.device), noise, t_shifted)
 
-# %% ../../nbs/05_toy/01_lockstep.ipynb #0ca9c5db
+# %% ../../nbs/05_toy/01_lockstep.ipynb #6159934b
 class Free(nn.Module):
     "Items that are parameters."
 
@@ -110,7 +112,7 @@ def move(items: Float[Tensor, "n ..."], gradient: Float[Tensor, "n ..."], optimi
     for group in optimizer.param_groups: group["lr"] = lr
     optimizer.step()
 
-# %% ../../nbs/05_toy/01_lockstep.ipynb #077167ea
+# %% ../../nbs/05_toy/01_lockstep.ipynb #cbc44903
 @dataclass(frozen=True, eq=False)
 class Frame:
     "What was before step `step` moved the items; without a graph."
@@ -136,13 +138,14 @@ class Asked:
         return Frame(self.step, self.draw.t, self.points, gradients, {name: float(g.flatten(1).norm(dim=1).mean()) for name, g in gradients.items()})
 
 
-def conditioning(prior: Prior, text: str | Sequence[str], count: int, negative: str) -> Conditioning:
-    "One text for all items, or one each."
+def conditioning(prior: Prior, text: str | Sequence[str], count: int, settings: ToySettings) -> Conditioning:
+    "One text for all items, or one each; and the texts that some methods compare it with."
     texts = [text] * count if isinstance(text, str) else list(text)
     if len(texts) != count: raise UsageError(f"{len(texts)} texts for {count} items: give one for all, or one each")
-    return Conditioning(prior.encode_text(texts).tokens, prior.encode_text([negative] * count).tokens)
+    said = {key: prior.encode_text([words] * count).tokens for key, words in (("unconditional", settings.negative), ("defects", settings.defects), ("described", settings.described))}
+    return Conditioning(prior.encode_text(texts).tokens, **said)
 
-# %% ../../nbs/05_toy/01_lockstep.ipynb #1c79a8e8
+# %% ../../nbs/05_toy/01_lockstep.ipynb #6d346fcc
 class Lockstep:
     "Several methods from one start on the same draws."
 
@@ -165,7 +168,7 @@ class Lockstep:
         count, *shape = next(iter(self.points.values())).shape
         if not count or tuple(shape) != tuple(prior.latent_shape):
             raise UsageError(f"the start is {[count, *shape]}: expected items of shape {list(prior.latent_shape)}, at least one")
-        self.text = conditioning(prior, text, count, settings.negative)
+        self.text = conditioning(prior, text, count, settings)
 
     def _make(self, name: str) -> Tensor:
         return self.makers[name](step_generator(self.settings.seed, 2**40 + self.done))  # apart from what draw_step draws
@@ -205,7 +208,7 @@ class Lockstep:
         except KeyboardInterrupt: pass
         return self
 
-# %% ../../nbs/05_toy/01_lockstep.ipynb #86e7fd9c
+# %% ../../nbs/05_toy/01_lockstep.ipynb #1b5f074b
 def nearest_frames(lockstep: Lockstep, steps: Sequence[int]) -> list[Frame]:
     "The recorded frame nearest to each step."
     if not lockstep.frames: raise UsageError("the lock-step has 0 frames: run it first")

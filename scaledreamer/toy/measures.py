@@ -5,17 +5,18 @@
 # %% auto #0
 __all__ = ['owners', 'shares', 'covered', 'spread', 'energy_distance', 'source_error', 'gradient_norms', 'misfit']
 
-# %% ../../nbs/05_toy/03_measures.ipynb #38021e1a
+# %% ../../nbs/05_toy/03_measures.ipynb #017c6112
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from ..core.settings import UsageError
+from ..distill.methods import ScoreGradient
 from ..prior.base import Prior
 from .lockstep import Asked
 from .points import Modes, true_source
 
-# %% ../../nbs/05_toy/03_measures.ipynb #54dec6ac
+# %% ../../nbs/05_toy/03_measures.ipynb #92b5efe2
 def owners(points: Float[Tensor, "n 2"], modes: Modes, within: float = 3.0) -> tuple[Tensor, Tensor]:
     "The mode nearest to each particle [n], and whether it owns it [n]."
     distance, nearest = torch.cdist(points.double(), modes.means.double()).min(1)
@@ -41,7 +42,7 @@ def spread(points: Float[Tensor, "n 2"], modes: Modes) -> float | None:
     variance = sum(group.var(0, correction=0).sum() * len(group) for group in groups) / sum((len(group) - 1) * group.shape[1] for group in groups)
     return float(variance.sqrt()) / modes.std
 
-# %% ../../nbs/05_toy/03_measures.ipynb #197bc317
+# %% ../../nbs/05_toy/03_measures.ipynb #b42f094f
 def energy_distance(x: Float[Tensor, "n d"], y: Float[Tensor, "m d"], unbiased: bool = False) -> float:
     "How far two samples are apart, over all pairs."
     if unbiased and min(len(x), len(y)) < 2: raise UsageError(f"samples of {len(x)} and {len(y)}: the unbiased distance wants at least 2 each")
@@ -52,7 +53,7 @@ def energy_distance(x: Float[Tensor, "n d"], y: Float[Tensor, "m d"], unbiased: 
 
     return float(2 * torch.cdist(x, y, compute_mode="donot_use_mm_for_euclid_dist").mean() - within(x) - within(y))
 
-# %% ../../nbs/05_toy/03_measures.ipynb #df74b497
+# %% ../../nbs/05_toy/03_measures.ipynb #69eee71f
 def source_error(asked: Asked, name: str, prior: Prior) -> float:
     "Mean square of a method's source less the true source of its particles."
     x, score = asked.points[name], asked.scores[name]
@@ -60,16 +61,12 @@ def source_error(asked: Asked, name: str, prior: Prior) -> float:
     return float((score.source - true_source(x, x_t, asked.draw.t, prior.schedule)).square().mean())
 
 
-@torch.no_grad()
-def gradient_norms(asked: Asked, name: str, prior: Prior, tokens: Float[Tensor, "n k d"]) -> dict[str, float]:
-    "Mean norm of an item's gradient, of its guidance and of the source term alone; `tokens` of the text."
-    x, score = asked.points[name], asked.scores[name]
-    plain = prior.predict_noise(prior.schedule.add_noise(x, asked.draw.noise, asked.draw.t), asked.draw.t, tokens)
-    weight = score.weight.to(x).reshape(-1, *[1] * (x.ndim - 1))
-    parts = {"norm": score.gradient, "guidance": weight * (score.target - plain), "source": weight * (plain - score.source)}
+def gradient_norms(score: ScoreGradient) -> dict[str, float]:
+    "Mean norm of an item's gradient, of what guidance adds to it, and of the rest."
+    parts = {"norm": score.gradient, "classifier": score.classifier, "rest": score.rest}
     return {part: float(value.flatten(1).norm(dim=1).mean()) for part, value in parts.items()}
 
-# %% ../../nbs/05_toy/03_measures.ipynb #54572736
+# %% ../../nbs/05_toy/03_measures.ipynb #8bbdd471
 @torch.no_grad()
 def misfit(prior: Prior, latents: Float[Tensor, "n ..."], tokens: Float[Tensor, "n k d"], rng: torch.Generator, t: int = 100) -> Float[Tensor, " n"]:
     "Root mean square of what the prior would change in each item, after noise of timestep `t`."

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['arc', 'elsewhere', 'ring', 'moons', 'uneven', 'Modes', 'modes_of', 'true_source', 'exact_vsd']
 
-# %% ../../nbs/05_toy/00_points.ipynb #1eb28d07
+# %% ../../nbs/05_toy/00_points.ipynb #dccd7fca
 import math
 import math
 from dataclasses import dataclass
@@ -16,12 +16,12 @@ from torch import Tensor
 
 from ..core.settings import UsageError
 from ..distill.gradient import Weight, sds_weight
-from ..distill.methods import ScoreGradient
-from ..prior.base import Conditioning, Prior, guide, predict_together
+from ..distill.methods import ScoreGradient, guided, questions, score
+from ..prior.base import Conditioning, Prior, predict_together
 from ..prior.mixture import MixturePrior
 from ..prior.schedule import NoiseSchedule
 
-# %% ../../nbs/05_toy/00_points.ipynb #ba76609e
+# %% ../../nbs/05_toy/00_points.ipynb #60c965e9
 def arc(count: int, radius: float, start: float, end: float) -> Float[Tensor, "k 2"]:
     "`count` places on a circle between two angles in degrees, half a gap away from both."
     angle = torch.deg2rad(start + (end - start) * (torch.arange(count) + 0.5) / count)
@@ -52,7 +52,7 @@ def uneven(std: float = 0.15, shares: tuple[float, ...] = (0.5, 0.3, 0.15, 0.05)
     weights = {"uneven": torch.tensor(shares), "elsewhere": torch.ones(len(elsewhere()))}
     return MixturePrior({"uneven": arc(len(shares), 1.5, 0, 360), "elsewhere": elsewhere()}, std, weights)
 
-# %% ../../nbs/05_toy/00_points.ipynb #55dcad06
+# %% ../../nbs/05_toy/00_points.ipynb #da8f5a90
 @dataclass(frozen=True, eq=False)
 class Modes:
     "The Gaussians that a text allows."
@@ -74,7 +74,7 @@ def modes_of(prior: MixturePrior, text: str) -> Modes:
     kept = weights > 0
     return Modes((parts.table + parts.center)[kept].unflatten(1, parts.shape), weights[kept] / weights.sum(), prior.std)
 
-# %% ../../nbs/05_toy/00_points.ipynb #bcc272c2
+# %% ../../nbs/05_toy/00_points.ipynb #c997489d
 def true_source(
     particles: Float[Tensor, "n ..."],
     x_t: Float[Tensor, "b ..."],  # where to ask
@@ -85,13 +85,11 @@ def true_source(
     cloud = MixturePrior({"particles": particles.detach()}, std=0.0, schedule=schedule)
     return cloud.predict_noise(x_t, t, cloud.encode_text(["particles"]).tokens.expand(len(x_t), -1, -1))
 
-# %% ../../nbs/05_toy/00_points.ipynb #23f1c21e
+# %% ../../nbs/05_toy/00_points.ipynb #59743749
 @torch.no_grad()
 def exact_vsd(prior: Prior, latents: Tensor, text: Conditioning, t: Tensor, noise: Tensor, t_shifted: Tensor | None = None, guidance: float = 7.5,
               weight: Weight = sds_weight, camera: Tensor | None = None) -> ScoreGradient:
     "VSD whose estimator does not err: the source is that of all `latents` together. A `Method`; `t_shifted` plays no part."
     x_t = prior.schedule.add_noise(latents, noise, t)
-    conditional, unconditional = predict_together(prior, [(x_t, t, text.positive), (x_t, t, text.unconditional)], camera)
-    target, source = guide(unconditional, conditional, guidance), true_source(latents, x_t, t, prior.schedule)
-    w = weight(prior.schedule, t)
-    return ScoreGradient(w.to(target).reshape(-1, *[1] * (target.ndim - 1)) * (target - source), target, source, w, t, t)
+    answers = predict_together(prior, questions(x_t, t, text), camera)
+    return score(prior, weight, guided(answers, text, guidance), true_source(latents, x_t, t, prior.schedule), answers[0], t)
