@@ -6,7 +6,7 @@
 __all__ = ['Methods', 'Series', 'run_seeds', 'study_of', 'save_study', 'run_points', 'band', 'draw_study', 'draw_end',
            'run_images']
 
-# %% ../../nbs/05_toy/05_study.ipynb #047578b7
+# %% ../../nbs/05_toy/05_study.ipynb #d210f233
 import base64
 import io
 from collections.abc import Callable, Mapping, Sequence
@@ -35,7 +35,7 @@ from .lockstep import Asked, Lockstep, ToySettings
 from .measures import covered, energy_distance, gradient_norms, misfit, source_error, spread
 from .points import modes_of, ring
 
-# %% ../../nbs/05_toy/05_study.ipynb #9e3698a6
+# %% ../../nbs/05_toy/05_study.ipynb #0641a938
 Methods = Callable[[int], Mapping[str, Method]]  # of a seed
 Series = dict[str, dict[str, list[list[float | None]]]]  # method, figure, [seed][step]
 
@@ -69,7 +69,7 @@ def save_study(study: dict[str, Any], path: str | Path) -> None:
     "Write it as JSON, whole or not at all."
     write_json_atomic(path, study)
 
-# %% ../../nbs/05_toy/05_study.ipynb #8314ce27
+# %% ../../nbs/05_toy/05_study.ipynb #827cd613
 def run_points(methods: Methods, seeds: Sequence[int], prior: MixturePrior | None = None, text: str = "ring", count: int = 1000, settings: ToySettings = ToySettings(),
                every: int = 100, laws: Mapping[str, ShiftLaw] | None = None, show: bool = True) -> dict[str, Any]:
     "Particles of each method and seed, from standard normals, under exact scores; `prior` is the ring."
@@ -85,14 +85,14 @@ def run_points(methods: Methods, seeds: Sequence[int], prior: MixturePrior | Non
         return {"covered": covered(points, target), "spread": spread(points, target), "energy distance": energy_distance(points, fresh)}
 
     def look(lockstep: Lockstep, asked: Asked, name: str) -> dict[str, float | None]:
-        return measured(asked.points[name]) | {"source error": source_error(asked, name, prior)} | gradient_norms(asked, name, prior, lockstep.text.positive)
+        return measured(asked.points[name]) | {"source error": source_error(asked, name, prior)} | gradient_norms(asked.scores[name])
 
     steps, series, runs = run_seeds(make, look, seeds, every, show)
     best = [measured(target.sample(count, generator(2**31 + 1 + seed))) for seed in seeds]
     final = {name: x[:300].round(decimals=3).tolist() for name, x in runs[seeds[0]].points.items()}
     return study_of("points", settings, seeds, steps, series, text=text, count=count, points=final, data=fresh[:300].round(decimals=3).tolist(), fresh={figure: [row[figure] for row in best] for figure in best[0]})
 
-# %% ../../nbs/05_toy/05_study.ipynb #112b4376
+# %% ../../nbs/05_toy/05_study.ipynb #cc23514e
 def band(rows: list[list[float | None]]) -> tuple[np.ndarray, np.ndarray]:
     "Mean and standard deviation over seeds at each step; NaN where no seed has a value."
     values = np.ma.masked_invalid(np.array(rows, float))
@@ -135,7 +135,7 @@ def draw_end(study: dict[str, Any]) -> Figure:
         plt.close(figure)
     return figure
 
-# %% ../../nbs/05_toy/05_study.ipynb #bfe5e5d8
+# %% ../../nbs/05_toy/05_study.ipynb #f45ae049
 def run_images(methods: Methods, seeds: Sequence[int], prior: Prior, text: str, count: int = 4, settings: ToySettings | None = None,
                every: int = 20, laws: Mapping[str, ShiftLaw] | None = None, show: bool = True) -> dict[str, Any]:
     "`count` images of each method and seed, from standard normal latents."
@@ -147,7 +147,7 @@ def run_images(methods: Methods, seeds: Sequence[int], prior: Prior, text: str, 
     def look(lockstep: Lockstep, asked: Asked, name: str) -> dict[str, float | None]:
         rng = generator(2**31 + asked.step)
         change = misfit(prior, asked.points[name], lockstep.text.positive, rng)
-        return gradient_norms(asked, name, prior, lockstep.text.positive) | {"misfit": float(change.mean()), "source error": source_error(asked, name, prior)}
+        return gradient_norms(asked.scores[name]) | {"misfit": float(change.mean()), "source error": source_error(asked, name, prior)}
 
     steps, series, runs = run_seeds(make, look, seeds, every, show)
     images = {}
