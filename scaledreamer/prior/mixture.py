@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from difflib import get_close_matches
 from typing import Self
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
@@ -67,10 +68,10 @@ class Components:
         return self.log_weights[rows] + (a * (x @ self.table[rows].T) - a.square() * self.half_norms[rows]) / v
 
     def denoise(self, x: Float[Tensor, "b d"], a: Float[Tensor, "b 1"], v: Float[Tensor, "b 1"], rows: slice | Tensor,
-                log_w: Float[Tensor, "b k"]) -> tuple[Float[Tensor, "b d"], Float[Tensor, " b"]]:
-        "The mean that explains `x` best, from the centre, and the log of its mass; `log_w` of the captions of `rows`."
+                log_w: Float[Tensor, "b k"]) -> tuple[Float[Tensor, "b d"], Float[Tensor, "b k"]]:
+        "The mean that explains `x` best, from the centre, and the log of each row's mass; `log_w` of the captions of `rows`."
         logits = log_w + self.logits(x, a, v, rows)
-        return logits.softmax(1) @ self.table[rows], logits.logsumexp(1)
+        return logits.softmax(1) @ self.table[rows], logits
 
 # %% ../../nbs/02_prior/02_mixture.ipynb #f7524b96
 def caption_row(
@@ -128,37 +129,44 @@ class MixturePrior:
     def predict_noise(self, x_t: Tensor, t: Tensor, tokens: Tensor, camera: Tensor | None = None) -> Tensor:
         if camera is not None:
             raise UsageError("a mixture sees no camera: leave camera out, and put the view into the caption")
-        return _noise_and_density(self, x_t, t, tokens)[0]
+        return _explained(self, x_t, t, tokens)[2].reshape(x_t.shape).to(x_t.dtype)
 
     def log_density(self, x_t: Float[Tensor, "b ..."], t: Int[Tensor, " b"], tokens: Float[Tensor, "b 1 c"]) -> Float[Tensor, " b"]:
         "log p_t(x_t | y), in nats."
-        return _noise_and_density(self, x_t, t, tokens)[1]
+        return _log_density(self, x_t, t, tokens)
 
 # %% ../../nbs/02_prior/02_mixture.ipynb #d7e66b13
-def _supports(tokens: Float[Tensor, "b 1 c"]) -> Iterator[tuple[list[int], list[int]]]:
+def _supports(tokens: Float[Tensor, "b 1 c"]) -> Iterator[tuple[list[int], Int[Tensor, " _"]]]:
     "Captions that the tokens allow, each with the items that allow them."
     if tokens.ndim != 3 or tokens.shape[1] != 1 or (tokens < 0).any() or (tokens.sum(2) <= 0).any():
         raise UsageError(f"tokens of shape {list(tokens.shape)}: expected rows of caption probabilities [b, 1, captions] from encode_text")
-    items: dict[tuple[int, ...], list[int]] = {}
-    for item, allowed in enumerate((tokens[:, 0] > 0).cpu()):
-        items.setdefault(tuple(allowed.nonzero()[:, 0].tolist()), []).append(item)
-    for captions, chosen in items.items():
-        yield list(captions), chosen
+    allowed = (tokens[:, 0] > 0).cpu().numpy()
+    rows = np.packbits(allowed, axis=1)
+    _, first, kind = np.unique(rows.view(f"V{rows.shape[1]}")[:, 0], return_index=True, return_inverse=True)
+    for i, item in enumerate(first):
+        yield allowed[item].nonzero()[0].tolist(), torch.from_numpy((kind == i).nonzero()[0]).to(tokens.device)
 
 
-def _noise_and_density(prior: MixturePrior, x_t: Tensor, t: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
-    "The exact noise, shaped like `x_t`, and log p_t(x_t) [b]."
-    parts = prior.components
+def _explained(prior: MixturePrior, x_t: Tensor, t: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor, list[tuple[Tensor, Tensor]]]:
+    "x_t from alpha times the centre [b, D], v, the noise [b, D], and per group of items the logits of the components."
+    parts, groups = prior.components, []
     x = x_t.reshape(len(x_t), -1).to(parts.table.dtype)
     alpha, sigma = prior.schedule.alpha(t, x), prior.schedule.sigma(t, x)
     v = (alpha * prior.std).square() + sigma.square()
     x = x - alpha * parts.center
-    mean, log_mass = torch.empty_like(x), x.new_empty(len(x))
+    mean = torch.empty_like(x)
     for captions, items in _supports(tokens):
         rows = parts.rows(captions)
         caption = tokens[items, 0] / tokens[items, 0].sum(1, keepdim=True)
-        log_w = caption.to(x).log()[:, parts.owner[rows].to(caption.device)]
-        mean[items], log_mass[items] = parts.denoise(x[items], alpha[items], v[items], rows, log_w)
-    eps = sigma * (x - alpha * mean) / v
-    log_density = log_mass - (x.square().sum(1) / v[:, 0] + x.shape[1] * (2 * math.pi * v[:, 0]).log()) / 2
-    return eps.reshape(x_t.shape).to(x_t.dtype), log_density
+        log_w = caption.to(x).log().index_select(1, parts.owner[rows].to(caption.device))
+        mean[items], logits = parts.denoise(x[items], alpha[items], v[items], rows, log_w)
+        groups.append((items, logits))
+    return x, v, sigma * (x - alpha * mean) / v, groups
+
+
+def _log_density(prior: MixturePrior, x_t: Tensor, t: Tensor, tokens: Tensor) -> Tensor:
+    "log p_t(x_t) [b]."
+    x, v, _, groups = _explained(prior, x_t, t, tokens)
+    log_mass = x.new_empty(len(x))
+    for items, logits in groups: log_mass[items] = logits.logsumexp(1)
+    return log_mass - (x.square().sum(1) / v[:, 0] + x.shape[1] * (2 * math.pi * v[:, 0]).log()) / 2
