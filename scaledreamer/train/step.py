@@ -109,7 +109,11 @@ def build(folder: Path, settings: TrainSettings, prompts: tuple[Prompt, ...]) ->
     "A run at step 0. Raises UsageError for words that name no part, before any part is made."
     method_of(settings), check_generator_name(settings), settings.distill.law(), best_device(settings.device)
     prior = make_prior(settings, prompts)
-    texts = prior.encode_text([prompt.text for prompt in prompts if prompt.split == "train"])
+    own = [prompt.text for prompt in prompts if prompt.split == "train"]
+    texts = prior.encode_text(own)
+    if settings.method in ("nfsd", "bridge"):  # can the prior read its text?
+        front = Cameras(*(torch.tensor([[x]]) for x in (0.0, 0.0, 2.0, 45.0)))
+        with_own_texts(prior, conditioning(prior, own[:1], front, settings.distill), own[:1], front, settings)
     generator = make_generator(settings, texts.tokens.shape[-1])
     if hasattr(generator, "standardise"): generator.standardise(texts)
     return Run(folder, settings, prompts, prior, generator, estimator=make_estimator(settings, prior))
