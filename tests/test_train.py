@@ -187,7 +187,7 @@ def test_the_paper_preset_survives_json():
 
 
 @pytest.mark.parametrize("change", [{"method": "dds"}, {"generator": "nerf"}, {"prior": "nerf"}, {"corpus": "nothing"}, {"distill": DistillSettings(eta=3.0)}, {"method": "vsd"}, {"distill": DistillSettings(views="perp-neg")},
-                                    {"device": "cuda:99"}])
+                                    {"method": "nfsd"}, {"method": "bridge"}, {"device": "cuda:99"}])
 def test_refusals_come_before_the_folder(settings, tmp_path, change):
     with pytest.raises(UsageError):
         train(tmp_path / "run", replace(settings, **change), show=False)

@@ -6,7 +6,7 @@
 __all__ = ['Own', 'Estimator', 'estimator_loss', 'CameraEmbedding', 'adapted', 'SharedEstimator', 'answer_together',
            'LoRAEstimator']
 
-# %% ../../nbs/04_distill/03_estimator.ipynb #196e65ee
+# %% ../../nbs/04_distill/03_estimator.ipynb #abb60f35
 import copy
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Protocol, runtime_checkable
@@ -22,7 +22,7 @@ from ..prior.base import Evaluation, Prior, predict_together
 from ..prior.schedule import NoiseSchedule
 from ..prior.stable_diffusion import StableDiffusionPrior
 
-# %% ../../nbs/04_distill/03_estimator.ipynb #3e2f28b9
+# %% ../../nbs/04_distill/03_estimator.ipynb #69ecc746
 @runtime_checkable
 class Estimator(Protocol):
     "A trainable model of the distribution of the renders."
@@ -62,7 +62,7 @@ def estimator_loss(
     error = estimator.predict_noise(alpha * x + sigma * noise, t, tokens, camera) - noise
     return (scale * error).square().mean()
 
-# %% ../../nbs/04_distill/03_estimator.ipynb #52eb3c94
+# %% ../../nbs/04_distill/03_estimator.ipynb #d673bcf3
 class CameraEmbedding(nn.Module):
     "What a camera adds to the time embedding; 17 numbers a row, the camera and how much of it to add."
 
@@ -91,7 +91,7 @@ def adapted(unet: UNet2DConditionModel, rank: int = 4, seed: int = 0) -> UNet2DC
             weight.data = weight.data.float()
     return network
 
-# %% ../../nbs/04_distill/03_estimator.ipynb #0a4c72b2
+# %% ../../nbs/04_distill/03_estimator.ipynb #511d646f
 Own = tuple[Tensor, Tensor, Tensor, Tensor | None]  # x_t [b, ...], t [b], tokens [b, n, d], camera [b, 16]
 
 
@@ -119,7 +119,7 @@ def answer_together(prior: Prior, estimator: Estimator, evaluations: Sequence[Ev
         return estimator.predict_beside(evaluations, own)
     return predict_together(prior, evaluations), list(estimator.predict_noise(*_stacked(own)).chunk(len(own)))
 
-# %% ../../nbs/04_distill/03_estimator.ipynb #622946c5
+# %% ../../nbs/04_distill/03_estimator.ipynb #38d4f9ee
 class LoRAEstimator:
     "An `Estimator` on the U-Net of a Stable Diffusion. Make it when the prior is on its device. Raises `UsageError` for other priors."
 
