@@ -22,9 +22,10 @@ from scaledreamer.prior.schedule import scaled_linear
 from scaledreamer.toy.amortised import ImageMaker, PointMaker
 from scaledreamer.toy.estimator import Learning, PointEstimator
 from scaledreamer.toy.images import constant_shift, image_settings, image_start, shift_strategies
-from scaledreamer.toy.lockstep import Free, Lockstep, ToySettings, make_optimizer, move, norm_curves, strip
+from scaledreamer.toy.lockstep import Free, Lockstep, ToySettings, make_optimizer, move
 from scaledreamer.toy.measures import covered, energy_distance, gradient_norms, misfit, owners, shares, source_error, spread
 from scaledreamer.toy.points import Modes, exact_vsd, modes_of, moons, ring, true_source, uneven
+from scaledreamer.toy.strips import norm_curves, strip
 from scaledreamer.toy.study import draw_end, draw_study, run_images, run_points, save_study
 
 DOUBLE = torch.float64
