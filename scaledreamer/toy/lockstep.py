@@ -4,29 +4,27 @@
 
 # %% auto #0
 __all__ = ['ToySettings', 'Draw', 'step_generator', 'draw_step', 'Free', 'make_optimizer', 'move', 'Frame', 'Asked',
-           'conditioning', 'Lockstep', 'nearest_frames', 'strip', 'norm_curves']
+           'conditioning', 'check_lockstep', 'check_finite', 'Lockstep']
 
-# %% ../../nbs/05_toy/01_lockstep.ipynb #0cc2a585
+# %% ../../nbs/05_toy/01_lockstep.ipynb #ce35bca4
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Literal, Self
 
-import matplotlib.pyplot as plt
 import torch
 from jaxtyping import Float, Int
-from matplotlib.figure import Figure
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from ..core.figures import INK, PALETTE, STYLE, curves
 from ..core.settings import RunError, UsageError
 from ..distill.gradient import prescribed_gradient_loss
 from ..distill.methods import Method, ScoreGradient
 from ..distill.timesteps import ShiftLaw, TimestepWindow, annealed_window, deterministic_shift, no_shift, random_shift, sample_timesteps
 from ..prior.base import Conditioning, Prior
 
-# %% ../../nbs/05_toy/01_lockstep.ipynb #670cc741
+# %% ../../nbs/05_toy/01_lockstep.ipynb #5e9f8adc
 @dataclass(frozen=True)
 class ToySettings:
     "How a toy runs; the seed and these decide every number in it."
@@ -60,7 +58,7 @@ class ToySettings:
         done = min(1.0, step / self.steps)
         return self.lr * (self.final + (1 - self.final) * (1 + math.cos(math.pi * done)) / 2)
 
-# %% ../../nbs/05_toy/01_lockstep.ipynb #2809c349
+# %% ../../nbs/05_toy/01_lockstep.ipynb #ad6c9c72
 @dataclass(frozen=True, eq=False)
 class Draw:
     "What all methods share in a step."
@@ -88,7 +86,7 @@ def draw_step(settings: ToySettings, step: int, shape: tuple[int, ...], timestep
 
     return Draw(t.to(like.device), noise, t_shifted)
 
-# %% ../../nbs/05_toy/01_lockstep.ipynb #6159934b
+# %% ../../nbs/05_toy/01_lockstep.ipynb #28dc9b26
 class Free(nn.Module):
     "Items that are parameters."
 
@@ -112,7 +110,7 @@ def move(items: Float[Tensor, "n ..."], gradient: Float[Tensor, "n ..."], optimi
     for group in optimizer.param_groups: group["lr"] = lr
     optimizer.step()
 
-# %% ../../nbs/05_toy/01_lockstep.ipynb #cbc44903
+# %% ../../nbs/05_toy/01_lockstep.ipynb #2b4aab81
 @dataclass(frozen=True, eq=False)
 class Frame:
     "What was before step `step` moved the items; without a graph."
@@ -145,30 +143,37 @@ def conditioning(prior: Prior, text: str | Sequence[str], count: int, settings: 
     said = {key: prior.encode_text([words] * count).tokens for key, words in (("unconditional", settings.negative), ("defects", settings.defects), ("described", settings.described))}
     return Conditioning(prior.encode_text(texts).tokens, **said)
 
-# %% ../../nbs/05_toy/01_lockstep.ipynb #6d346fcc
-class Lockstep:
-    "Several methods from one start on the same draws."
 
-    def __init__(
-        self,
-        prior: Prior,
-        methods: Mapping[str, Method],
-        text: str | Sequence[str],  # of all items, or one each
-        start: Float[Tensor, "n ..."] | Callable[[], nn.Module],  # items, or what makes a fresh maker of items
-        settings: ToySettings = ToySettings(),
-        laws: Mapping[str, ShiftLaw] | None = None,  # of methods that do not take the settings' law
-    ) -> None:
+def check_lockstep(prior: Prior, methods: Mapping[str, Method], laws: Mapping[str, ShiftLaw], shape: Sequence[int]) -> None:
+    "Raises `UsageError` for methods, laws or a start that cannot be."
+    if strangers := set(laws) - set(methods): raise UsageError(f"laws for {sorted(strangers)}: expected names among {sorted(methods)}")
+    if not shape[0] or tuple(shape[1:]) != tuple(prior.latent_shape):
+        raise UsageError(f"the start is {list(shape)}: expected items of shape {list(prior.latent_shape)}, at least one")
+
+
+def check_finite(name: str, score: ScoreGradient, step: int, frames: list[Frame]) -> None:
+    "Raises `RunError` for a gradient that is not finite, with the timesteps of its items."
+    if bool(score.gradient.isfinite().all()): return
+    t = score.t[~score.gradient.flatten(1).isfinite().all(1)].tolist()
+    kept = f"{len(frames)} frames up to step {frames[-1].step}" if frames else "no frame"
+    raise RunError(f"step {step}: the gradient of {name} is not finite at t = {t[0]}" + f" and {len(t) - 1} more" * (len(t) > 1) +
+                   f"; kept are {kept} and the items before this step: look at the prior there, or lower lr or guidance")
+
+# %% ../../nbs/05_toy/01_lockstep.ipynb #68a3ab61
+class Lockstep:
+    "Several methods from one start on the same draws. `text` is of all items, or one each; `start` are items, or what makes a fresh maker of them."
+
+    def __init__(self, prior: Prior, methods: Mapping[str, Method], text: str | Sequence[str], start: Float[Tensor, "n ..."] | Callable[[], nn.Module],
+                 settings: ToySettings = ToySettings(), laws: Mapping[str, ShiftLaw] | None = None) -> None:  # laws: of methods that do not take the settings'
         if not methods: raise UsageError("there are 0 methods: give at least one by name, e.g. {'sds': sds}")
-        if strangers := set(laws or {}) - set(methods): raise UsageError(f"laws for {sorted(strangers)}: expected names among {sorted(methods)}")
         self.prior, self.methods, self.settings = prior, dict(methods), settings
         self.laws = {name: settings.law() for name in methods} | dict(laws or {})
         self.makers = {name: Free(start) if isinstance(start, Tensor) else start() for name in methods}
         self.optimizers = {name: make_optimizer(maker, settings) for name, maker in self.makers.items()}
         self.done, self.frames, self.asked = 0, [], None  # steps taken; recorded; the latest step in full
-        count, *shape = next(iter(self.points.values())).shape
-        if not count or tuple(shape) != tuple(prior.latent_shape):
-            raise UsageError(f"the start is {[count, *shape]}: expected items of shape {list(prior.latent_shape)}, at least one")
-        self.text = conditioning(prior, text, count, settings)
+        shape = next(iter(self.points.values())).shape
+        check_lockstep(prior, methods, laws or {}, shape)
+        self.text = conditioning(prior, text, shape[0], settings)
 
     def _make(self, name: str) -> Tensor:
         return self.makers[name](step_generator(self.settings.seed, 2**40 + self.done))  # apart from what draw_step draws
@@ -181,59 +186,20 @@ class Lockstep:
     def step(self) -> Asked:
         "Take one step. Raises `RunError` where a gradient is not finite, before anything moves."
         items = {name: self._make(name) for name in self.methods}
-        first = next(iter(items.values()))
+        first, points = next(iter(items.values())), {name: x.detach().clone() for name, x in items.items()}
         draw = draw_step(self.settings, self.done, first.shape, self.prior.schedule.steps, first)
-        points = {name: x.detach().clone() for name, x in items.items()}
         scores = {name: method(self.prior, points[name], self.text, draw.t, draw.noise, draw.t_shifted(self.laws[name])) for name, method in self.methods.items()}
-        for name, score in scores.items(): self._demand_finite(name, score)
+        for name, score in scores.items(): check_finite(name, score, self.done, self.frames)
         self.asked = Asked(self.done, draw, points, scores)
         if self.done % self.settings.stride == 0: self.frames.append(self.asked.frame())
         for name, x in items.items(): move(x, scores[name].gradient, self.optimizers[name], self.settings.lr_at(self.done))
         self.done += 1
         return self.asked
 
-    def _demand_finite(self, name: str, score: ScoreGradient) -> None:
-        if bool(score.gradient.isfinite().all()): return
-        t = score.t[~score.gradient.flatten(1).isfinite().all(1)].tolist()
-        kept = f"{len(self.frames)} frames up to step {self.frames[-1].step}" if self.frames else "no frame"
-        raise RunError(f"step {self.done}: the gradient of {name} is not finite at t = {t[0]}" + f" and {len(t) - 1} more" * (len(t) > 1) +
-                       f"; kept are {kept} and the items before this step: look at the prior there, or lower lr or guidance")
-
     def run(self, steps: int, show: bool = False, on_step: Callable[[Asked], None] | None = None) -> Self:
         "Take `steps` more steps. An interrupt ends it early and keeps all frames."
-        try:
+        with suppress(KeyboardInterrupt):
             for _ in tqdm(range(steps), desc="lock-step", disable=not show):
                 asked = self.step()
                 if on_step: on_step(asked)
-        except KeyboardInterrupt: pass
         return self
-
-# %% ../../nbs/05_toy/01_lockstep.ipynb #1b5f074b
-def nearest_frames(lockstep: Lockstep, steps: Sequence[int]) -> list[Frame]:
-    "The recorded frame nearest to each step."
-    if not lockstep.frames: raise UsageError("the lock-step has 0 frames: run it first")
-    return [min(lockstep.frames, key=lambda frame: abs(frame.step - step)) for step in steps]
-
-
-def strip(lockstep: Lockstep, steps: Sequence[int], behind: Float[Tensor, "m 2"] | None = None, reach: float = 2.8, arrows: int = 30) -> Figure:
-    "Points `[n, 2]` of the frames nearest to `steps`, over fresh data `behind`; a row a method."
-    shown = nearest_frames(lockstep, steps)
-    if shown[0].points[next(iter(lockstep.methods))].shape[1:] != (2,): raise UsageError(f"items of shape {list(lockstep.prior.latent_shape)} are no points: draw them as images")
-    with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(len(lockstep.methods), len(shown), figsize=(1.35 * len(shown) + 0.2, 1.35 * len(lockstep.methods) + 0.2), squeeze=False, sharex=True, sharey=True)
-        for i, (row, name) in enumerate(zip(axes, lockstep.methods)):
-            for axis, frame in zip(row, shown):
-                x, g = frame.points[name].cpu(), -frame.gradients[name].cpu()
-                if behind is not None: axis.scatter(*behind.cpu().T, s=0.5, color="#cccccc")
-                axis.scatter(*x.T, s=1.5, color=PALETTE[i % len(PALETTE)])
-                axis.quiver(*x[:arrows].T, *(g / g.norm(dim=1).mean().clamp(min=1e-12))[:arrows].T, color=INK, width=0.008, scale=25)
-                axis.set(xticks=[], yticks=[], aspect="equal", xlim=(-reach, reach), ylim=(-reach, reach), title=f"step {frame.step}" if i == 0 else None)
-            row[0].set_ylabel(name)
-        plt.close(figure)
-    return figure
-
-
-def norm_curves(lockstep: Lockstep) -> Figure:
-    "The mean norm of an item's gradient, by method and step."
-    frames = nearest_frames(lockstep, range(0, lockstep.done, lockstep.settings.stride))
-    return curves([f.step for f in frames], {name: [f.norms[name] for f in frames] for name in lockstep.methods}, xlabel="step", ylabel="norm of the gradient", log="y")
