@@ -21,7 +21,7 @@ from ..core.settings import UsageError
 from .base import TextEmbedding
 from .schedule import NoiseSchedule, scaled_linear
 
-# %% ../../nbs/02_prior/02_mixture.ipynb #933f0fb4
+# %% ../../nbs/02_prior/02_mixture.ipynb #d41adeaf
 Means = Mapping[str, Float[Tensor, "_ ..."]]  # by caption; k may differ
 Weights = Mapping[str, Float[Tensor, " _"]]  # above 0; scaled to sum to 1
 
@@ -34,7 +34,7 @@ def _check_components(means: Means, weights: Weights) -> None:
         if caption not in weights or weights[caption].shape != m.shape[:1] or not (weights[caption] > 0).all():
             raise UsageError(f"weights of {caption!r}: expected {len(m)} numbers above 0")
 
-
+# %% ../../nbs/02_prior/02_mixture.ipynb #933f0fb4
 class Components:
     "The components of several captions as rows of one table."
 

@@ -110,7 +110,8 @@ def build(folder: Path, settings: TrainSettings, prompts: tuple[Prompt, ...]) ->
     method_of(settings), check_generator_name(settings), settings.distill.law(), best_device(settings.device)
     prior = make_prior(settings, prompts)
     trained = [prompt.text for prompt in prompts if prompt.split == "train"]
-    conditioning(prior, trained, orbit(1, prompts=len(trained)), settings.distill)
+    front = orbit(1, prompts=len(trained))
+    with_own_texts(prior, conditioning(prior, trained, front, settings.distill), trained, front, settings)
     texts = prior.encode_text(trained)
     generator = make_generator(settings, texts.tokens.shape[-1])
     if hasattr(generator, "standardise"): generator.standardise(texts)
