@@ -6,7 +6,7 @@
 __all__ = ['LogDensity', 'Frame', 'Run', 'record', 'density', 'arrows', 'sentence', 'static_stepper', 'FrameView', 'Stepper',
            'save_page']
 
-# %% ../../nbs/13_view/04_stepper.ipynb #f719326a
+# %% ../../nbs/13_view/04_stepper.ipynb #fa6e4b0c
 import html
 import math
 import threading
@@ -26,9 +26,9 @@ from torch import Tensor
 
 from ..core.figures import INK, PALETTE, STYLE
 from ..core.settings import RunError, UsageError, write_atomic
-from .curve_explorer import page
+from .curve_explorer import LiveFigure, page
 
-# %% ../../nbs/13_view/04_stepper.ipynb #c49e29c8
+# %% ../../nbs/13_view/04_stepper.ipynb #8ea6dca1
 @runtime_checkable
 class Frame(Protocol):
     "What a run was before a step."
@@ -62,7 +62,7 @@ def record(run: Run, most: int = 1000) -> None:
         if points.ndim != 2 or points.shape[1] != 2:
             raise UsageError(f"the items of {name} are {list(points.shape)}: expected points in the plane, [n, 2]")
 
-# %% ../../nbs/13_view/04_stepper.ipynb #9a94fc3c
+# %% ../../nbs/13_view/04_stepper.ipynb #add1168a
 LogDensity = Callable[[Float[Tensor, "m 2"]], Float[Tensor, " m"]]
 
 
@@ -74,7 +74,7 @@ def density(log_density: LogDensity, span: float, side: int = 48) -> Float[np.nd
     return log_density(torch.stack([x, y], -1).reshape(-1, 2)).exp().reshape(side, side).numpy()
 
 
-def arrows(points: Float[Tensor, "n 2"], gradients: Float[Tensor, "n 2"], span: float, most: int = 80) -> Float[np.ndarray, "p 2"]:
+def arrows(points: Float[Tensor, "n 2"], gradients: Float[Tensor, "n 2"], span: float, most: int = 50) -> Float[np.ndarray, "p 2"]:
     "Strokes against the gradient of at most `most` points, parted by NaN. One of the 95th percentile is as long as a seventh of the square."
     some = torch.linspace(0, len(points) - 1, min(most, len(points))).long()
     p, g = (x[some].detach().double().cpu() for x in (points, gradients))
@@ -90,7 +90,7 @@ def sentence(frame: Frame) -> str:
     low, high = int(frame.t.min()), int(frame.t.max())
     return f"step {frame.step}, t {low} to {high}; gradient norms: " + ", ".join(f"{name} {norm:.3g}" for name, norm in frame.norms.items())
 
-# %% ../../nbs/13_view/04_stepper.ipynb #c5299613
+# %% ../../nbs/13_view/04_stepper.ipynb #bb0745d6
 def static_stepper(frames: Sequence[Frame], field: Float[np.ndarray, "s s"], span: float, columns: int = 4) -> Figure:
     "Some of the frames, evenly spread, as a strip of pictures above the norms of all."
     chosen = [frames[round(i)] for i in np.linspace(0, len(frames) - 1, min(columns, len(frames)))]
@@ -112,7 +112,7 @@ def static_stepper(frames: Sequence[Frame], field: Float[np.ndarray, "s s"], spa
         plt.close(figure)
     return figure
 
-# %% ../../nbs/13_view/04_stepper.ipynb #49b3831f
+# %% ../../nbs/13_view/04_stepper.ipynb #0060a232
 def _data(frames: Sequence[Frame], index: int, span: float) -> list[dict]:
     "Points and arrows of each method, then each one's norms, then where we are among them."
     frame, found = frames[index], []
@@ -125,12 +125,12 @@ def _data(frames: Sequence[Frame], index: int, span: float) -> list[dict]:
     return [*found, *({"x": steps, "y": row} for row in norms.values()), {"x": [frame.step] * 2, "y": [min(every), max(every)]}]
 
 
-def _figure(kind: type[go.Figure], names: Sequence[str], field: Float[np.ndarray, "s s"], span: float, data: list[dict], width: int = 5) -> go.Figure:
-    "The figure that shows them, at most `width` panels a row; `kind` is `go.Figure` or `go.FigureWidget`."
+def _figure(names: Sequence[str], field: Float[np.ndarray, "s s"], span: float, data: list[dict], width: int = 5) -> go.Figure:
+    "At most `width` panels a row."
     columns, line = min(width, len(names)), np.linspace(-span, span, len(field)).round(4)
     rows = math.ceil(len(names) / columns)
     specs = [[{} if row * columns + i < len(names) else None for i in range(columns)] for row in range(rows)] + [[{"colspan": columns}, *[None] * (columns - 1)]]
-    figure = kind(make_subplots(rows + 1, columns, specs=specs, row_heights=[1.0] * rows + [0.6], subplot_titles=list(names), vertical_spacing=0.12 / rows))
+    figure = go.Figure(make_subplots(rows + 1, columns, specs=specs, row_heights=[1.0] * rows + [0.6], subplot_titles=list(names), vertical_spacing=0.12 / rows))
     for i, name in enumerate(names):
         place = {"row": i // columns + 1, "col": i % columns + 1}
         figure.add_trace(go.Scattergl(data[2 * i], mode="markers", marker={"size": 2, "color": PALETTE[i % len(PALETTE)]}, hoverinfo="skip", showlegend=False), **place)
@@ -146,7 +146,7 @@ def _figure(kind: type[go.Figure], names: Sequence[str], field: Float[np.ndarray
     figure.update_yaxes(type="log", title_text="norm", row=rows + 1, col=1).update_xaxes(title_text="step", row=rows + 1, col=1)
     return figure.update_layout(template="plotly_white", height=290 * rows + 210, margin={"l": 60, "r": 20, "t": 30, "b": 40})
 
-# %% ../../nbs/13_view/04_stepper.ipynb #27ca795f
+# %% ../../nbs/13_view/04_stepper.ipynb #f5059407
 class FrameView(widgets.VBox):
     "A run to step and scrub."
 
@@ -154,13 +154,17 @@ class FrameView(widgets.VBox):
         if not run.frames: record(run)
         self.run, self.span, self.index = run, span, 0
         self.stepping, self.drawing = threading.Lock(), threading.RLock()
-        self.figure = _figure(go.FigureWidget, list(run.frames[0].points), density(log_density, span), span, _data(run.frames, 0, span))
+        self.figure = LiveFigure(_figure(list(run.frames[0].points), density(log_density, span), span, _data(run.frames, 0, span)))
         self.next = widgets.Button(description="step", icon="step-forward")
         self.scrub = widgets.IntSlider(description="frame", max=len(run.frames) - 1, layout={"width": "60%"})
         self.label = widgets.HTML(sentence(run.frames[0]))
         self.next.on_click(self._clicked)
         self.scrub.observe(self._scrubbed, "value")
         super().__init__([widgets.HBox([self.next, self.scrub]), self.label, self.figure])
+
+    def _repr_mimebundle_(self, **kwargs) -> dict:
+        self.figure.catch_up()
+        return super()._repr_mimebundle_(**kwargs)
 
     def show(self, index: int) -> None:
         "Show a recorded frame."
@@ -189,14 +193,16 @@ class FrameView(widgets.VBox):
     def _scrubbed(self, change: dict) -> None:
         if change["new"] != self.index: self.show(change["new"])
 
-# %% ../../nbs/13_view/04_stepper.ipynb #945c1ebd
+# %% ../../nbs/13_view/04_stepper.ipynb #b398cfeb
 class Stepper(FrameView):
     "A run to play, pause, step and scrub."
 
-    def __init__(self, run: Run, log_density: LogDensity, span: float = 3.0, interval: float = 0.1, limit: int = 500) -> None:
-        "Frames follow each other by `interval` seconds or more; play ends where `limit` frames are recorded and shown."
+    def __init__(self, run: Run, log_density: LogDensity, span: float = 3.0, interval: float = 0.1, limit: int = 500, patience: float = 2.0) -> None:
+        "Frames follow each other by `interval` seconds or more, at most `patience` for a page to draw one; play ends where `limit` frames are recorded and shown."
         super().__init__(run, log_density, span)
-        self.interval, self.limit = interval, limit
+        self.interval, self.limit, self.patience = interval, limit, patience
+        self.drawn = threading.Event()  # the page has drawn what it was asked to
+        self.drawn.set()
         self.play = widgets.ToggleButton(description="play", icon="play")
         self.thread, self.rest = None, threading.Event()
         self.play.observe(self._toggled, "value")
@@ -215,12 +221,20 @@ class Stepper(FrameView):
                 if self.index + 1 < len(self.run.frames):
                     with self.drawing:
                         if not rest.is_set(): self.show(self.index + 1)
-                    rest.wait(self.interval)
+                    self._wait(rest)
                 else:
                     with self.stepping: self.run.step()
         except (RunError, UsageError) as error: self.complain(error)
         finally:
             if not rest.is_set(): self.play.value = False
+
+    def _wait(self, rest: threading.Event) -> None:
+        answered = self.drawn.is_set()  # the last time
+        if answered:
+            self.drawn.clear()
+            self.figure.on_edits_completed(self.drawn.set)
+        rest.wait(self.interval)
+        self.drawn.wait(self.patience if answered else 0.0)
 
     def _clicked(self, button: widgets.Button) -> None:
         if self.play.value: self.play.value = False
@@ -230,13 +244,13 @@ class Stepper(FrameView):
         if change["new"] != self.index: self.play.value = False
         super()._scrubbed(change)
 
-# %% ../../nbs/13_view/04_stepper.ipynb #7191a2ce
+# %% ../../nbs/13_view/04_stepper.ipynb #aaa80a94
 def save_page(path: str | Path, frames: Sequence[Frame], log_density: LogDensity, span: float = 3.0, most: int = 60) -> None:
     "Write a page that plays and scrubs at most `most` of the frames, evenly spread. It carries plotly itself and asks nothing of the network."
     if not frames: raise UsageError("there are 0 frames: step the run first")
     places = sorted({round(i) for i in np.linspace(0, len(frames) - 1, min(most, len(frames)))})
     data = [_data(frames, i, span) for i in places]
-    figure = _figure(go.Figure, list(frames[0].points), density(log_density, span), span, _data(frames, places[0], span))
+    figure = _figure(list(frames[0].points), density(log_density, span), span, _data(frames, places[0], span))
     moving = [*range(2 * len(frames[0].points)), len(data[0]) - 1]  # the strip stays, the place in it moves
     figure.frames = [go.Frame(name=str(frames[i].step), data=[type(figure.data[k])(new[k]) for k in moving], traces=moving, layout={"title": {"text": sentence(frames[i])}})
                      for i, new in zip(places, data)]
