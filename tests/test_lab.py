@@ -1,0 +1,391 @@
+"""The curve explorer and the stepper: how long the kernel takes for a drag, and the notebooks as a reader sees them, in a real JupyterLab in
+headless Chromium. Screenshots stay in pytest's folder, whose path a failure prints."""
+
+import json
+import os
+import shutil
+import socket
+import statistics
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from scaledreamer.core.settings import RunError, UsageError
+from scaledreamer.distill.timesteps import deterministic_shift, random_shift
+from scaledreamer.view import curve_explorer, stepper
+
+ROOT = Path(__file__).resolve().parent.parent
+NOTEBOOKS = {name: ROOT / f"nbs/13_view/{name}.ipynb" for name in ("03_curve_explorer", "04_stepper")}
+HARMLESS = ("undefined",)  # errors in the page that are none: plotly rejects, with nothing, the promise of an animation that a newer one replaces
+
+# in the kernel ---------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class Curve:
+    timesteps: torch.Tensor
+    errors: torch.Tensor
+    label: str
+    texts: tuple
+
+    @property
+    def mean(self):
+        return self.errors.mean(0)
+
+    def band(self, level=0.95):
+        if len(self.errors) < 2:
+            raise UsageError("a band of 1 image")
+        half = self.errors.std(0)
+        return self.mean - half, self.mean + half
+
+
+T = torch.arange(20, 1000, 10)
+TEXTS = ("a", "a", "b")
+
+
+def falling(scale: float) -> Curve:
+    "Errors that halve every 100 timesteps; those of b are three times those of a."
+    return Curve(T, scale * torch.tensor([[1.0], [1.2], [3.3]]) * 2 ** (-T / 100), "x", TEXTS)
+
+
+@pytest.fixture
+def pair():
+    return curve_explorer.Pair(falling(1.0), falling(0.5), lambda text, t: torch.full((3, 8, 8), t / 1000))
+
+
+def test_a_curve_that_halves_is_matched_a_hundred_later(pair):
+    "e_FT is half of e_PT, so that the match is at dt = 100 wherever it is inside the curves, whichever images are chosen."
+    for texts in ((), ("a",), ("b",), ("b", "a")):
+        curves = curve_explorer.lines(pair, texts)
+        for t0 in (20, 333, 870):
+            assert curve_explorer.explore(curves, t0, 0.1).match == pytest.approx(t0 + 100, abs=0.2)
+        assert curve_explorer.explore(curves, 950, 0.1).match is None
+
+
+def test_one_image_has_no_band(pair):
+    one = curve_explorer.lines(pair, ["b"])
+    assert (one.pretrained[0] == one.pretrained[1]).all() and (one.pretrained[0] == one.pretrained[2]).all()
+
+
+@pytest.mark.parametrize("law", curve_explorer.LAWS.values())
+def test_draws_stay_in_the_schedule(pair, law):
+    curves = curve_explorer.lines(pair)
+    for t0 in (20, 500, 990):
+        for eta in (0.0, 0.1, 1.0):
+            shown = curve_explorer.explore(curves, t0, eta, law)
+            assert t0 <= shown.draws.min() and shown.draws.max() <= 999 and shown.bars[1].sum() == len(shown.draws)
+            assert eta or (shown.draws == t0).all()
+    with pytest.raises(UsageError, match=r"eta is -0.1"):
+        curve_explorer.explore(curves, 500, -0.1, law)
+
+
+def test_what_is_drawn_is_what_training_draws(pair):
+    curves = curve_explorer.lines(pair)
+    expected = random_shift(0.3)(torch.full((2000,), 620), 120, 999, torch.Generator().manual_seed(5)).sort().values
+    assert torch.equal(torch.as_tensor(curve_explorer.explore(curves, 620, 0.3, t_min=120, seed=5).draws), expected)
+    assert set(curve_explorer.explore(curves, 620, 0.3, deterministic_shift, t_min=120).draws) == {620 + 150}
+
+
+def test_a_drag_is_answered_in_the_kernel(pair):
+    "At most 100 ms for curves of 240 images at 100 timesteps; the median, for the machine may be busy."
+    many = Curve(torch.arange(0, 1000, 10), torch.rand(240, 100), "x", ("a",) * 240)
+    explorer = curve_explorer.CurveExplorer({"p": curve_explorer.Pair(many, many, pair.x0)})
+    took = []
+    for t0 in range(300, 320):
+        start = time.perf_counter()
+        explorer.t0.value = t0
+        took.append(time.perf_counter() - start)
+        assert explorer.label.value.startswith(f"t0 = {t0}:")
+    assert statistics.median(took) < 0.1, took
+
+
+def test_another_prior_with_other_texts_and_times(pair):
+    late = Curve(torch.arange(400, 800, 50), torch.rand(2, 8), "x", ("c", "d"))
+    explorer = curve_explorer.CurveExplorer({"one": pair, "two": curve_explorer.Pair(late, late, pair.x0)})
+    explorer.prompts.value, explorer.t0.value = ("b",), 30
+    explorer.prior.value = "two"
+    assert (explorer.prompts.options, explorer.prompts.value, explorer.t0.min, explorer.t0.value, explorer.t0.max) == (("c", "d"), (), 400, 400, 750)
+    assert list(explorer.figure.data[1].x) == late.timesteps.tolist()
+    explorer.prior.value = "one"
+    assert (explorer.t0.min, explorer.t0.max, explorer.shown.t0) == (20, 990, 400)
+
+
+class Cloud:
+    "2,000 random particles of four methods."
+
+    methods = dict.fromkeys(("sds", "csd", "vsd", "asd"))
+
+    def __init__(self, refuse: int = 10**9):
+        self.frames, self.refuse = [], refuse
+
+    def step(self):
+        if len(self.frames) >= self.refuse:
+            raise RunError("no further")
+        points, gradients = ({name: torch.randn(2000, 2) for name in self.methods} for _ in range(2))
+        norms = {name: float(g.norm(dim=1).mean()) for name, g in gradients.items()}
+        self.frames.append(SimpleNamespace(step=len(self.frames), t=torch.tensor([500]), points=points, gradients=gradients, norms=norms))
+
+
+def far(x):
+    return -x.square().sum(1)
+
+
+def test_a_frame_is_shown_in_the_kernel():
+    "At most 50 ms for four methods of 2,000 particles; the median, for the machine may be busy."
+    run = Cloud()
+    view = stepper.Stepper(run, far)
+    took = []
+    for _ in range(20):
+        run.step()
+    for index in range(1, 21):
+        start = time.perf_counter()
+        view.scrub.max = len(run.frames) - 1
+        view.scrub.value = index
+        took.append(time.perf_counter() - start)
+        assert view.index == index
+    assert statistics.median(took) < 0.05, took
+
+
+def test_play_ends_where_the_run_does():
+    view = stepper.Stepper(Cloud(refuse=4), far, interval=0.0)
+    view.play.value = True
+    view.thread.join(30)
+    assert (view.play.value, view.index, view.label.value) == (False, 3, "stopped: no further")
+
+
+def test_a_second_play_does_not_wait_for_the_first():
+    view = stepper.Stepper(Cloud(), far, interval=5.0)
+    for playing in (True, False, True, False):
+        view.play.value = playing
+    view.thread.join(30)
+    before = view.index
+    time.sleep(0.2)
+    assert view.index == before and not view.play.value
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS.values(), ids=lambda path: path.stem)
+def test_no_widget_is_committed(path):
+    "Its model is gone when the file is opened, and then it is an error in the reader's face; a state is megabytes."
+    notebook = json.loads(path.read_text(encoding="utf-8"))
+    assert "widgets" not in notebook["metadata"], "execute with store_widget_state=False"
+    shown = {kind for cell in notebook["cells"] for output in cell.get("outputs", []) for kind in output.get("data", {})}
+    assert "application/vnd.jupyter.widget-view+json" not in shown, "leave out the cells that are for a browser (#| live)"
+
+
+# in a browser ----------------------------------------------------------------------------------------------------------------
+
+ARGUMENTS = ("--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update", "--disable-sync", "--no-first-run", "--enable-unsafe-swiftshader")
+SETTINGS = {
+    "apputils-extension/notification": {"checkForUpdates": False, "doNotDisturbMode": True, "fetchNews": "false"},  # nothing is asked of the network
+    "notebook-extension/tracker": {"windowingMode": "none"},  # cells out of sight are in the page too
+}
+WATCH = """
+() => {
+  const label = () => document.querySelector('.jp-OutputArea-output .widget-html-content').textContent;
+  window.answered = [];
+  document.addEventListener('keydown', () => {
+    const start = performance.now(), before = label();
+    const wait = () => label() === before ? requestAnimationFrame(wait) : window.answered.push(performance.now() - start);
+    requestAnimationFrame(wait);
+  }, true);
+}
+"""
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator:
+    sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is missing: pip install -e '.[dev]'")
+    chromium = shutil.which("chromium")
+    if chromium is None:
+        pytest.skip("chromium is not installed: apt-get install chromium")
+    with sync_api.sync_playwright() as playwright:
+        yield (opened := playwright.chromium.launch(executable_path=chromium, args=list(ARGUMENTS)))
+        opened.close()
+
+
+@pytest.fixture(scope="module")
+def lab(browser, tmp_path_factory) -> Iterator[str]:  # the browser first: no server where there is none
+    "The address of a JupyterLab that holds copies of the notebooks and knows no settings but ours."
+    home = tmp_path_factory.mktemp("lab")
+    for path in NOTEBOOKS.values():
+        shutil.copy(path, home)
+    for name, values in SETTINGS.items():
+        file = home / ".settings/@jupyterlab" / f"{name}.jupyterlab-settings"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(values))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    own = {"JUPYTERLAB_SETTINGS_DIR": ".settings", "JUPYTERLAB_WORKSPACES_DIR": ".workspaces", "JUPYTER_CONFIG_DIR": ".config", "JUPYTER_DATA_DIR": ".data",
+           "JUPYTER_RUNTIME_DIR": ".runtime", "IPYTHONDIR": ".ipython"}
+    environment = os.environ | {name: str(home / folder) for name, folder in own.items()} | {"OMP_NUM_THREADS": "1"}
+    environment |= {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]).strip(os.pathsep)}
+    environment.pop("MPLBACKEND", None)  # the kernel has its own
+    options = ["--no-browser", "--allow-root", "--ServerApp.ip=127.0.0.1", f"--ServerApp.port={port}", "--IdentityProvider.token=", f"--ServerApp.root_dir={home}",
+               "--LabApp.expose_app_in_browser=True", "--LabApp.extension_manager=readonly"]
+    with (home / "server.log").open("w") as log:
+        server = subprocess.Popen([sys.executable, "-m", "jupyter", "lab", *options], env=environment, cwd=home, stdout=log, stderr=log)
+        try:
+            yield wait_for(f"http://127.0.0.1:{port}", server, home / "server.log")
+        finally:
+            server.terminate()
+            server.wait(20)
+
+
+def wait_for(address: str, server: subprocess.Popen, log: Path) -> str:
+    for _ in range(300):
+        assert server.poll() is None, log.read_text()
+        try:
+            urllib.request.urlopen(f"{address}/api", timeout=5)
+            return address
+        except (urllib.error.URLError, OSError):
+            time.sleep(0.2)
+    raise AssertionError(log.read_text())
+
+
+@contextmanager
+def watched(browser, folder: Path) -> Iterator:
+    "A page whose console is read, and which leaves its picture however it ends."
+    page = browser.new_page(viewport={"width": 1300, "height": 1100})
+    page.errors = []
+    page.on("pageerror", lambda error: page.errors.append(str(error)) if str(error) not in HARMLESS else None)
+    page.on("console", lambda message: page.errors.append(message.text) if message.type == "error" else None)
+    try:
+        yield page
+    finally:
+        page.screenshot(path=folder / "last.png")
+        print(f"screenshots are in {folder}; errors in the page: {page.errors}")
+        page.close()
+
+
+CELLS = "() => window.jupyterapp?.shell?.currentWidget?.content?.model?.cells?.length > 1"
+
+
+@contextmanager
+def notebook(browser, lab: str, folder: Path, name: str) -> Iterator:
+    "The page of a notebook whose cells have all run, without an error."
+    with watched(browser, folder) as page:
+        page.goto(f"{lab}/lab/tree/{name}.ipynb?reset")
+        page.wait_for_function(CELLS, timeout=60_000)
+        page.evaluate("() => window.jupyterapp.shell.currentWidget.sessionContext.ready")
+        page.evaluate("() => window.jupyterapp.commands.execute('notebook:run-all-cells')")
+        cells = page.evaluate("() => window.jupyterapp.shell.currentWidget.content.model.sharedModel.toJSON().cells")
+        ran = [cell for cell in cells if cell["cell_type"] == "code"]
+        assert [cell["execution_count"] for cell in ran] == list(range(1, len(ran) + 1)), "not every cell ran"
+        errors = [output for cell in ran for output in cell["outputs"] if output["output_type"] == "error" or output.get("name") == "stderr"]
+        assert not errors, errors[0]
+        page.wait_for_function("() => document.querySelector('.jp-OutputArea-output .js-plotly-plot')?._fullData?.length > 9", timeout=20_000)
+        page.wait_for_timeout(500)  # a reader looks first
+        page.screenshot(path=folder / "start.png")
+        yield page
+        assert not page.errors, page.errors
+
+
+def focus_slider(page, which: int) -> None:
+    handle = page.locator(".widget-slider .noUi-handle").nth(which)
+    handle.scroll_into_view_if_needed()
+    handle.focus()
+
+
+def answer(page, keys: list[str], most: float = 300.0, rounds: int = 3) -> None:
+    """The median time from the press of a key to the frame in which the label has changed is at most so many milliseconds. A machine that does
+    something else at the same time may need another round of all keys."""
+    page.evaluate(WATCH)
+    medians = []
+    for _ in range(rounds):
+        page.evaluate("() => { window.answered = [] }")
+        for count, key in enumerate(keys, 1):
+            page.keyboard.press(key)
+            page.wait_for_function(f"() => window.answered.length === {count}", timeout=10_000)
+            page.wait_for_timeout(50)  # a hand is not faster
+        medians.append(statistics.median(page.evaluate("() => window.answered")))
+        if medians[-1] <= most:
+            break
+    print(f"a key is answered in {', '.join(f'{median:.0f}' for median in medians)} ms")
+    assert medians[-1] <= most, medians
+
+
+def label(page) -> str:
+    return page.locator(".jp-OutputArea-output .widget-html-content").first.inner_text()
+
+
+def wait_for_figure(page, condition: str) -> None:
+    "Until the traces d of the figure in the page are such."
+    page.wait_for_function(f"() => {{ const d = document.querySelector('.jp-OutputArea-output .js-plotly-plot')._fullData; return {condition}; }}", timeout=20_000)
+
+
+def test_the_explorer_in_a_lab(lab, browser, tmp_path):
+    with notebook(browser, lab, tmp_path, "03_curve_explorer") as page:
+        assert label(page).startswith("t0 = 440:")
+        wait_for_figure(page, "d[5].x[0] === 440")
+        focus_slider(page, 0)
+        answer(page, ["ArrowRight"] * 11 + ["ArrowLeft"] * 9)
+        t0 = int(label(page).split()[2].strip(":"))
+        assert t0 in (442, 444, 446)
+        wait_for_figure(page, f"d[5].x[0] === {t0}")  # what the label says, the figure shows
+        focus_slider(page, 1)
+        page.keyboard.press("ArrowRight")  # eta from .10 to .11
+        wait_for_figure(page, f"d[4].x[2] === {t0} + Math.ceil(0.11 * ({t0} - 20))")
+        page.locator(".widget-dropdown select").nth(1).select_option("constant")
+        wait_for_figure(page, f"d[4].x[0] === {t0} + 107")
+        before = page.evaluate("() => document.querySelector('.js-plotly-plot')._fullData[7].source")
+        page.locator(".widget-select-multiple select").select_option("a green mug")
+        page.wait_for_function("(before) => document.querySelector('.js-plotly-plot')._fullData[7].source !== before", arg=before, timeout=20_000)
+
+
+def test_the_stepper_in_a_lab(lab, browser, tmp_path):
+    with notebook(browser, lab, tmp_path, "04_stepper") as page:
+        assert label(page).startswith("step 2,")  # it has taken one before it was shown
+        wait_for_figure(page, "d[9].x[0] === 2")
+        play, step = (page.locator(f"button.jupyter-button:has-text('{name}')") for name in ("play", "step"))
+        step.click()
+        wait_for_figure(page, "d[9].x[0] === 4")
+        play.click()
+        wait_for_figure(page, "d[6].x.length >= 12")
+        play.click()  # heard while it plays
+        page.wait_for_timeout(1000)
+        still = label(page)
+        page.wait_for_timeout(1000)
+        assert label(page) == still, "it plays on"
+        wait_for_figure(page, f"d[9].x[0] === {still.split()[1].strip(',')}")
+        page.screenshot(path=tmp_path / "paused.png")
+        focus_slider(page, 0)
+        answer(page, (["ArrowLeft"] * 5 + ["ArrowRight"] * 5) * 2)
+        assert label(page) == still
+
+
+def test_pages_need_no_kernel_and_no_network(browser, tmp_path, pair):
+    run = Cloud()
+    for _ in range(4):
+        run.step()
+    curve_explorer.save_page(tmp_path / "curve.html", pair, every=10)
+    stepper.save_page(tmp_path / "steps.html", run.frames, far)
+    for name, trace, before, after in (("curve", 5, 20, 990), ("steps", 12, 0, 3)):
+        with watched(browser, tmp_path) as page:
+            asked = []
+            page.on("request", lambda request, asked=asked: asked.append(request.url))
+            page.goto((tmp_path / f"{name}.html").as_uri())
+            page.wait_for_selector(".js-plotly-plot .slider-group", timeout=20_000)
+            first = f"() => document.querySelector('.js-plotly-plot')._fullData[{trace}].x[0]"
+            assert page.evaluate(first) == before
+            page.screenshot(path=tmp_path / f"{name}.png")
+            rail = page.locator(".slider-rail-touch-rect").bounding_box()
+            page.mouse.click(rail["x"] + rail["width"] - 1, rail["y"] + rail["height"] / 2)
+            page.wait_for_function(f"() => document.querySelector('.js-plotly-plot')._fullData[{trace}].x[0] > {before}", timeout=10_000)
+            page.wait_for_timeout(300)
+            page.screenshot(path=tmp_path / f"{name}-end.png")
+            if name == "steps":
+                page.locator(".updatemenu-button:has-text('play')").click()
+                page.wait_for_function(f"() => document.querySelector('.js-plotly-plot')._fullData[{trace}].x[0] === {after}", timeout=10_000)
+            assert not page.errors, page.errors
+            assert all(url.startswith(("file:", "data:", "blob:")) for url in asked), asked
