@@ -70,6 +70,8 @@ def open_parts(
     variant: str | None,
 ) -> tuple[UNet2DConditionModel, AutoencoderKL | AutoencoderTiny, TextCache, Any]:
     "U-Net, VAE, text and scheduler of a pipeline folder or hub id."
+    if path_or_id == TINY and not TINY.is_dir():
+        raise RunError(f"the shipped weights are not in {TINY}: install the package again, or make them with scaledreamer make-prior")
     index = pipeline_index(path_or_id)
     unet = load_part(UNet2DConditionModel, path_or_id, "unet", variant)
     vae = load_part(getattr(diffusers, index["vae"][1]), path_or_id, "vae", variant)
@@ -99,8 +101,6 @@ class StableDiffusionPrior:
         variant: str | None = None,  # of the weight files, e.g. "fp16"
     ) -> Self:
         "Raises `UsageError` for what is no Stable Diffusion and `RunError` for damaged files, naming them and the remedy."
-        if path_or_id == TINY and not TINY.is_dir():
-            raise RunError(f"the shipped weights are not in {TINY}: install the package again, or make them with scaledreamer make-prior")
         return cls(*open_parts(path_or_id, strict, variant)).to(device, dtype)
 
     def to(self, device: str | torch.device, dtype: torch.dtype | None = None) -> Self:
