@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['PointMaker', 'ImageMaker']
 
-# %% ../../nbs/05_toy/07_amortised.ipynb #93aee584
+# %% ../../nbs/05_toy/07_amortised.ipynb #110d656a
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from ..core.settings import UsageError
 
-# %% ../../nbs/05_toy/07_amortised.ipynb #1ed90b89
+# %% ../../nbs/05_toy/07_amortised.ipynb #21a1fd98
 class PointMaker(nn.Module):
     "Points from caption rows and noise; at first the first two numbers of the noise, which is how free particles start."
 
