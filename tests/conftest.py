@@ -7,7 +7,11 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("MPLBACKEND", "Agg")
 
+from hypothesis import settings
 from jaxtyping import _import_hook, install_import_hook
+
+settings.register_profile("house", deadline=None, derandomize=True)  # the same examples every time; a busy machine is no failure
+settings.load_profile("house")
 
 _unchecked = _import_hook._is_no_type_check
 
