@@ -108,8 +108,8 @@ def test_samples_have_the_moments_of_the_mixture(prior, text):
 def test_what_is_elsewhere_has_the_rings_moments(text):
     some, other = modes_of(WORLD, text), modes_of(WORLD, "elsewhere")
     for modes in (some, other):
-        torch.testing.assert_close(modes.weights @ modes.means, torch.zeros(2), rtol=0, atol=0.05)
-        torch.testing.assert_close(modes.weights @ modes.means.square(), torch.full((2,), 1.125), rtol=0.05, atol=0)
+        torch.testing.assert_close(modes.weights @ modes.means, torch.zeros(2), rtol=0, atol=1e-5)
+        torch.testing.assert_close((modes.means.T * modes.weights) @ modes.means, 1.125 * torch.eye(2), rtol=0, atol=1e-5)
 
 
 def test_fast_tokens_are_the_slow_ones():

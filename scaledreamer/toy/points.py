@@ -5,8 +5,7 @@
 # %% auto #0
 __all__ = ['arc', 'elsewhere', 'ring', 'moons', 'uneven', 'Modes', 'modes_of', 'true_source', 'exact_vsd']
 
-# %% ../../nbs/05_toy/00_points.ipynb #5b465133
-import math
+# %% ../../nbs/05_toy/00_points.ipynb #e3d0bdb8
 import math
 from dataclasses import dataclass
 
@@ -21,24 +20,27 @@ from ..prior.base import Conditioning, Prior, predict_together
 from ..prior.mixture import MixturePrior
 from ..prior.schedule import NoiseSchedule
 
-# %% ../../nbs/05_toy/00_points.ipynb #22cfd531
+# %% ../../nbs/05_toy/00_points.ipynb #1797787d
 def arc(count: int, radius: float, start: float, end: float) -> Float[Tensor, "k 2"]:
     "`count` places on a circle between two angles in degrees, half a gap away from both."
     angle = torch.deg2rad(start + (end - start) * (torch.arange(count) + 0.5) / count)
     return radius * torch.stack([angle.cos(), angle.sin()], 1)
 
 
-def elsewhere(variance: float = 1.125, count: int = 60) -> Float[Tensor, "k 2"]:
-    "A disc, evenly filled (a sunflower), of this variance along each axis."
-    turn = math.pi * (3 - 5**0.5) * torch.arange(count)
-    return 2 * (variance * (torch.arange(count) + 0.5) / count).sqrt()[:, None] * torch.stack([turn.cos(), turn.sin()], 1)
+def elsewhere(variance: float = 1.125, count: int = 60, offset: float = 0.0) -> Float[Tensor, "k 2"]:
+    "A disc, evenly filled (a sunflower), stretched a little to this variance in every direction, with its middle at (offset, 0)."
+    i = torch.arange(count, dtype=torch.float64)
+    disc = i.add(0.5).sqrt()[:, None] * torch.stack([(math.pi * (3 - 5**0.5) * i).cos(), (math.pi * (3 - 5**0.5) * i).sin()], 1)
+    disc = disc - disc.mean(0)
+    even = disc @ torch.linalg.cholesky(torch.linalg.inv(disc.T @ disc / count))
+    return (variance**0.5 * even + torch.tensor([offset, 0.0])).float()
 
 
-def ring(modes: int = 8, radius: float = 1.5, std: float = 0.15, wide: float = 1.0) -> MixturePrior:
-    "Equal modes on a circle, even and odd; what is elsewhere has `wide` times their variance."
+def ring(modes: int = 8, radius: float = 1.5, std: float = 0.15, wide: float = 1.0, offset: float = 0.0) -> MixturePrior:
+    "Equal modes on a circle, even and odd; what is elsewhere has `wide` times their variance, and its middle at (offset, 0)."
     if modes < 2 or modes % 2: raise UsageError(f"a ring of {modes} modes has no two equal halves: give an even number from 2 on")
     places = arc(modes, radius, 0, 360)
-    return MixturePrior({"ring, even": places[::2], "ring, odd": places[1::2], "elsewhere": elsewhere(wide * radius**2 / 2)}, std)
+    return MixturePrior({"ring, even": places[::2], "ring, odd": places[1::2], "elsewhere": elsewhere(wide * radius**2 / 2, offset=offset)}, std)
 
 
 def moons(each: int = 12, std: float = 0.15) -> MixturePrior:
@@ -52,7 +54,7 @@ def uneven(std: float = 0.15, shares: tuple[float, ...] = (0.5, 0.3, 0.15, 0.05)
     weights = {"uneven": torch.tensor(shares), "elsewhere": torch.ones(len(elsewhere()))}
     return MixturePrior({"uneven": arc(len(shares), 1.5, 0, 360), "elsewhere": elsewhere()}, std, weights)
 
-# %% ../../nbs/05_toy/00_points.ipynb #01ed29ea
+# %% ../../nbs/05_toy/00_points.ipynb #0a1c0753
 @dataclass(frozen=True, eq=False)
 class Modes:
     "The Gaussians that a text allows."
@@ -74,7 +76,7 @@ def modes_of(prior: MixturePrior, text: str) -> Modes:
     kept = weights > 0
     return Modes((parts.table + parts.center)[kept].unflatten(1, parts.shape), weights[kept] / weights.sum(), prior.std)
 
-# %% ../../nbs/05_toy/00_points.ipynb #81797c91
+# %% ../../nbs/05_toy/00_points.ipynb #9036bab9
 def true_source(
     particles: Float[Tensor, "n ..."],
     x_t: Float[Tensor, "b ..."],  # where to ask
@@ -85,7 +87,7 @@ def true_source(
     cloud = MixturePrior({"particles": particles.detach()}, std=0.0, schedule=schedule)
     return cloud.predict_noise(x_t, t, cloud.encode_text(["particles"]).tokens.expand(len(x_t), -1, -1))
 
-# %% ../../nbs/05_toy/00_points.ipynb #208d515a
+# %% ../../nbs/05_toy/00_points.ipynb #64d73478
 @torch.no_grad()
 def exact_vsd(prior: Prior, latents: Tensor, text: Conditioning, t: Tensor, noise: Tensor, t_shifted: Tensor | None = None, guidance: float = 7.5,
               weight: Weight = sds_weight, camera: Tensor | None = None) -> ScoreGradient:

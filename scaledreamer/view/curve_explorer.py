@@ -6,7 +6,7 @@
 __all__ = ['Solver', 'LAWS', 'FIXED', 'Curve', 'Pair', 'Lines', 'lines', 'x0_table', 'first_below', 'constant_shift',
            'sqrt_shift', 'Shown', 'explore', 'static_explorer', 'LiveFigure', 'CurveExplorer', 'page', 'save_page']
 
-# %% ../../nbs/13_view/03_curve_explorer.ipynb #ac7fc188
+# %% ../../nbs/13_view/03_curve_explorer.ipynb #2a9c5b2d
 import base64
 import io
 from collections.abc import Callable, Mapping, Sequence
@@ -34,7 +34,7 @@ from ..core.tensors import generator
 from ..distill.timesteps import ShiftLaw, deterministic_shift, random_shift
 from ..prior.base import Prior
 
-# %% ../../nbs/13_view/03_curve_explorer.ipynb #e79395a6
+# %% ../../nbs/13_view/03_curve_explorer.ipynb #e0ed0d14
 @runtime_checkable
 class Curve(Protocol):
     "Errors of one prior on some images at some timesteps: a dataclass such as `scaledreamer.curve.error` makes."
@@ -76,7 +76,7 @@ class Lines:
         both = np.concatenate([self.pretrained, self.finetuned])
         return float(both[[0, 3]].min()) / 2, float(both.max()) * 1.2
 
-# %% ../../nbs/13_view/03_curve_explorer.ipynb #4bdfe830
+# %% ../../nbs/13_view/03_curve_explorer.ipynb #bb4dbabf
 def _drawn(curve: Curve, rows: list[int]) -> Float[np.ndarray, "3 k"]:
     some = replace(curve, errors=curve.errors[rows], texts=tuple(curve.texts[i] for i in rows))
     edges = some.band() if len(rows) > 1 else (some.mean, some.mean)  # one image has no band
@@ -92,7 +92,7 @@ def lines(pair: Pair, texts: Sequence[str] = ()) -> Lines:  # no texts: all imag
     t = np.asarray(torch.as_tensor(pair.pretrained.timesteps))
     return Lines((pair.pretrained.label, pair.finetuned.label), t, _drawn(pair.pretrained, rows), _drawn(pair.finetuned, rows))
 
-# %% ../../nbs/13_view/03_curve_explorer.ipynb #0ad0b71e
+# %% ../../nbs/13_view/03_curve_explorer.ipynb #8a3e18e5
 def _nearest(times: Int[Tensor, " k"], table: Mapping[str, Float[Tensor, "k 3 h w"]], text: str, t: int) -> Float[Tensor, "3 h w"]:
     return table[text][int((times - t).abs().argmin())]
 
@@ -118,7 +118,7 @@ def x0_table(
         table[text] = torch.cat(made)
     return partial(_nearest, timesteps, table)
 
-# %% ../../nbs/13_view/03_curve_explorer.ipynb #44693c2a
+# %% ../../nbs/13_view/03_curve_explorer.ipynb #bd2339de
 Solver = Callable[[Int[np.ndarray, " k"], Float[np.ndarray, " k"], float], float | None]
 
 
@@ -149,7 +149,7 @@ def sqrt_shift(eta: float = 0.1) -> ShiftLaw:
 
 LAWS = {"random: U[0, η(t - t_min)]": random_shift, "deterministic: η(t - t_min)": deterministic_shift, "constant": constant_shift, "sqrt": sqrt_shift}
 
-# %% ../../nbs/13_view/03_curve_explorer.ipynb #e5377f47
+# %% ../../nbs/13_view/03_curve_explorer.ipynb #75fd63df
 @dataclass(frozen=True, eq=False)
 class Shown:
     "What a place of the sliders means."
@@ -184,7 +184,7 @@ def explore(curves: Lines, t0: int, eta: float, law: Callable[[float], ShiftLaw]
     counts = np.bincount((shifted - t0).clip(0) // width)
     return Shown(t0, level, solve(curves.t, curves.pretrained[0], level), shifted, ((np.arange(len(counts)) + 0.5) * width - 0.5, counts))
 
-# %% ../../nbs/13_view/03_curve_explorer.ipynb #11071b6f
+# %% ../../nbs/13_view/03_curve_explorer.ipynb #ddeb8733
 def _pictures(pair: Pair, text: str, shown: Shown) -> dict[str, Float[Tensor, "3 h w"]]:
     places = {"t0": shown.t0, "middle draw": shown.middle, "match": shown.match}
     return {name: torch.full_like(pair.x0(text, shown.t0), 0.9) if t is None else pair.x0(text, round(t)) for name, t in places.items()}
@@ -213,7 +213,7 @@ def static_explorer(pair: Pair, t0: int, eta: float, law: Callable[[float], Shif
         plt.close(figure)
     return figure
 
-# %% ../../nbs/13_view/03_curve_explorer.ipynb #41ff6d8f
+# %% ../../nbs/13_view/03_curve_explorer.ipynb #14d26d74
 class LiveFigure(go.FigureWidget):
     "A `FigureWidget` that is never too late."
 
@@ -242,7 +242,7 @@ export default () => {
         self._repr_mimebundle_()
         self.send_state(["_widget_data", "_widget_layout"])
 
-# %% ../../nbs/13_view/03_curve_explorer.ipynb #1fb613d1
+# %% ../../nbs/13_view/03_curve_explorer.ipynb #900dbc7d
 def _url(image: Float[Tensor, "3 h w"]) -> str:
     with io.BytesIO() as buffer:
         Image.fromarray(to_pixels(image[None])[0]).save(buffer, "png")
@@ -281,7 +281,7 @@ def _figure(curves: Lines, data: list[dict]) -> go.Figure:
     figure.update_xaxes(title_text="dt", row=1, col=3).update_yaxes(title_text="draws", row=1, col=3)
     return figure.update_layout(template="plotly_white", height=520, margin={"l": 60, "r": 20, "t": 30, "b": 20}, bargap=0, legend={"x": 0.4, "y": 1, "xanchor": "left"})
 
-# %% ../../nbs/13_view/03_curve_explorer.ipynb #5c29e872
+# %% ../../nbs/13_view/03_curve_explorer.ipynb #0364d1fd
 class CurveExplorer(widgets.VBox):
     "Sliders for t0 and eta, choices of prior, prompts and law, over a figure that follows them."
 
@@ -327,7 +327,7 @@ class CurveExplorer(widgets.VBox):
             for trace, new in [*zip(self.figure.data, data)][0 if chosen else FIXED:]: trace.update(new)
         self.label.value = self.shown.sentence
 
-# %% ../../nbs/13_view/03_curve_explorer.ipynb #bf43c5b3
+# %% ../../nbs/13_view/03_curve_explorer.ipynb #3b9d8d1a
 def page(figure: go.Figure) -> str:
     "A figure as an HTML page that needs no other file."
     return figure.to_html(include_plotlyjs=True, full_html=True, auto_play=False, config={"displaylogo": False, "responsive": True})

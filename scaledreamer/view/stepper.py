@@ -6,7 +6,7 @@
 __all__ = ['LogDensity', 'Frame', 'Run', 'record', 'density', 'arrows', 'sentence', 'static_stepper', 'FrameView', 'Stepper',
            'save_page']
 
-# %% ../../nbs/13_view/04_stepper.ipynb #fa6e4b0c
+# %% ../../nbs/13_view/04_stepper.ipynb #9b7299ce
 import html
 import math
 import threading
@@ -28,7 +28,7 @@ from ..core.figures import INK, PALETTE, STYLE
 from ..core.settings import RunError, UsageError, write_atomic
 from .curve_explorer import LiveFigure, page
 
-# %% ../../nbs/13_view/04_stepper.ipynb #8ea6dca1
+# %% ../../nbs/13_view/04_stepper.ipynb #087e722c
 @runtime_checkable
 class Frame(Protocol):
     "What a run was before a step."
@@ -62,7 +62,7 @@ def record(run: Run, most: int = 1000) -> None:
         if points.ndim != 2 or points.shape[1] != 2:
             raise UsageError(f"the items of {name} are {list(points.shape)}: expected points in the plane, [n, 2]")
 
-# %% ../../nbs/13_view/04_stepper.ipynb #add1168a
+# %% ../../nbs/13_view/04_stepper.ipynb #5169f398
 LogDensity = Callable[[Float[Tensor, "m 2"]], Float[Tensor, " m"]]
 
 
@@ -90,7 +90,7 @@ def sentence(frame: Frame) -> str:
     low, high = int(frame.t.min()), int(frame.t.max())
     return f"step {frame.step}, t {low} to {high}; gradient norms: " + ", ".join(f"{name} {norm:.3g}" for name, norm in frame.norms.items())
 
-# %% ../../nbs/13_view/04_stepper.ipynb #bb0745d6
+# %% ../../nbs/13_view/04_stepper.ipynb #8a1cf5a9
 def static_stepper(frames: Sequence[Frame], field: Float[np.ndarray, "s s"], span: float, columns: int = 4) -> Figure:
     "Some of the frames, evenly spread, as a strip of pictures above the norms of all."
     chosen = [frames[round(i)] for i in np.linspace(0, len(frames) - 1, min(columns, len(frames)))]
@@ -112,7 +112,7 @@ def static_stepper(frames: Sequence[Frame], field: Float[np.ndarray, "s s"], spa
         plt.close(figure)
     return figure
 
-# %% ../../nbs/13_view/04_stepper.ipynb #0060a232
+# %% ../../nbs/13_view/04_stepper.ipynb #65e4f9a5
 def _data(frames: Sequence[Frame], index: int, span: float) -> list[dict]:
     "Points and arrows of each method, then each one's norms, then where we are among them."
     frame, found = frames[index], []
@@ -146,7 +146,7 @@ def _figure(names: Sequence[str], field: Float[np.ndarray, "s s"], span: float, 
     figure.update_yaxes(type="log", title_text="norm", row=rows + 1, col=1).update_xaxes(title_text="step", row=rows + 1, col=1)
     return figure.update_layout(template="plotly_white", height=290 * rows + 210, margin={"l": 60, "r": 20, "t": 30, "b": 40})
 
-# %% ../../nbs/13_view/04_stepper.ipynb #f5059407
+# %% ../../nbs/13_view/04_stepper.ipynb #8a8521fa
 class FrameView(widgets.VBox):
     "A run to step and scrub."
 
@@ -193,7 +193,7 @@ class FrameView(widgets.VBox):
     def _scrubbed(self, change: dict) -> None:
         if change["new"] != self.index: self.show(change["new"])
 
-# %% ../../nbs/13_view/04_stepper.ipynb #b398cfeb
+# %% ../../nbs/13_view/04_stepper.ipynb #7a82d89e
 class Stepper(FrameView):
     "A run to play, pause, step and scrub."
 
@@ -244,7 +244,7 @@ class Stepper(FrameView):
         if change["new"] != self.index: self.play.value = False
         super()._scrubbed(change)
 
-# %% ../../nbs/13_view/04_stepper.ipynb #aaa80a94
+# %% ../../nbs/13_view/04_stepper.ipynb #3113f2c4
 def save_page(path: str | Path, frames: Sequence[Frame], log_density: LogDensity, span: float = 3.0, most: int = 60) -> None:
     "Write a page that plays and scrubs at most `most` of the frames, evenly spread. It carries plotly itself and asks nothing of the network."
     if not frames: raise UsageError("there are 0 frames: step the run first")
