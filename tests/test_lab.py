@@ -22,10 +22,10 @@ import torch
 
 from scaledreamer.core.settings import RunError, UsageError
 from scaledreamer.distill.timesteps import deterministic_shift, random_shift
-from scaledreamer.view import curve_explorer, stepper
+from scaledreamer.view import curve_explorer, explore, frames, stepper
 
 ROOT = Path(__file__).resolve().parent.parent
-NOTEBOOKS = {name: ROOT / f"nbs/13_view/{name}.ipynb" for name in ("03_curve_explorer", "04_stepper")}
+NOTEBOOKS = {name: ROOT / f"nbs/13_view/{name}.ipynb" for name in ("03_live_figure", "05_curve_explorer", "07_stepper")}
 HARMLESS = ("undefined",)  # errors in the page that are none: plotly rejects, with nothing, the promise of an animation that a newer one replaces
 
 # in the kernel ---------------------------------------------------------------------------------------------------------------
@@ -60,46 +60,46 @@ def falling(scale: float) -> Curve:
 
 @pytest.fixture
 def pair():
-    return curve_explorer.Pair(falling(1.0), falling(0.5), lambda text, t: torch.full((3, 8, 8), t / 1000))
+    return explore.Pair(falling(1.0), falling(0.5), lambda text, t: torch.full((3, 8, 8), t / 1000))
 
 
 def test_a_curve_that_halves_is_matched_a_hundred_later(pair):
     "e_FT is half of e_PT, so that the match is at dt = 100 wherever it is inside the curves, whichever images are chosen."
     for texts in ((), ("a",), ("b",), ("b", "a")):
-        curves = curve_explorer.lines(pair, texts)
+        curves = explore.lines(pair, texts)
         for t0 in (20, 333, 870):
-            assert curve_explorer.explore(curves, t0, 0.1).match == pytest.approx(t0 + 100, abs=0.2)
-        assert curve_explorer.explore(curves, 950, 0.1).match is None
+            assert explore.explore(curves, t0, 0.1).match == pytest.approx(t0 + 100, abs=0.2)
+        assert explore.explore(curves, 950, 0.1).match is None
 
 
 def test_one_image_has_no_band(pair):
-    one = curve_explorer.lines(pair, ["b"])
+    one = explore.lines(pair, ["b"])
     assert (one.pretrained[0] == one.pretrained[1]).all() and (one.pretrained[0] == one.pretrained[2]).all()
 
 
-@pytest.mark.parametrize("law", curve_explorer.LAWS.values())
+@pytest.mark.parametrize("law", explore.LAWS.values())
 def test_draws_stay_in_the_schedule(pair, law):
-    curves = curve_explorer.lines(pair)
+    curves = explore.lines(pair)
     for t0 in (20, 500, 990):
         for eta in (0.0, 0.1, 1.0):
-            shown = curve_explorer.explore(curves, t0, eta, law)
+            shown = explore.explore(curves, t0, eta, law)
             assert t0 <= shown.draws.min() and shown.draws.max() <= 999 and shown.bars[1].sum() == len(shown.draws)
             assert eta or (shown.draws == t0).all()
     with pytest.raises(UsageError, match=r"eta is -0.1"):
-        curve_explorer.explore(curves, 500, -0.1, law)
+        explore.explore(curves, 500, -0.1, law)
 
 
 def test_what_is_drawn_is_what_training_draws(pair):
-    curves = curve_explorer.lines(pair)
+    curves = explore.lines(pair)
     expected = random_shift(0.3)(torch.full((2000,), 620), 120, 999, torch.Generator().manual_seed(5)).sort().values
-    assert torch.equal(torch.as_tensor(curve_explorer.explore(curves, 620, 0.3, t_min=120, seed=5).draws), expected)
-    assert set(curve_explorer.explore(curves, 620, 0.3, deterministic_shift, t_min=120).draws) == {620 + 150}
+    assert torch.equal(torch.as_tensor(explore.explore(curves, 620, 0.3, t_min=120, seed=5).draws), expected)
+    assert set(explore.explore(curves, 620, 0.3, deterministic_shift, t_min=120).draws) == {620 + 150}
 
 
 def test_a_drag_is_answered_in_the_kernel(pair):
     "At most 100 ms for curves of 240 images at 100 timesteps; the median, for the machine may be busy."
     many = Curve(torch.arange(0, 1000, 10), torch.rand(240, 100), "x", ("a",) * 240)
-    explorer = curve_explorer.CurveExplorer({"p": curve_explorer.Pair(many, many, pair.x0)})
+    explorer = curve_explorer.CurveExplorer({"p": explore.Pair(many, many, pair.x0)})
     took = []
     for t0 in range(300, 320):
         start = time.perf_counter()
@@ -111,7 +111,7 @@ def test_a_drag_is_answered_in_the_kernel(pair):
 
 def test_another_prior_with_other_texts_and_times(pair):
     late = Curve(torch.arange(400, 800, 50), torch.rand(2, 8), "x", ("c", "d"))
-    explorer = curve_explorer.CurveExplorer({"one": pair, "two": curve_explorer.Pair(late, late, pair.x0)})
+    explorer = curve_explorer.CurveExplorer({"one": pair, "two": explore.Pair(late, late, pair.x0)})
     explorer.prompts.value, explorer.t0.value = ("b",), 30
     explorer.prior.value = "two"
     assert (explorer.prompts.options, explorer.prompts.value, explorer.t0.min, explorer.t0.value, explorer.t0.max) == (("c", "d"), (), 400, 400, 750)
@@ -257,6 +257,7 @@ def wait_for(address: str, server: subprocess.Popen, log: Path) -> str:
 def watched(browser, folder: Path) -> Iterator:
     "A page whose console is read, and which leaves its picture however it ends."
     page = browser.new_page(viewport={"width": 1300, "height": 1100})
+    page.set_default_timeout(60_000)
     page.errors = []
     page.on("pageerror", lambda error: page.errors.append(str(error)) if str(error) not in HARMLESS else None)
     page.on("console", lambda message: page.errors.append(message.text) if message.type == "error" else None)
@@ -276,7 +277,7 @@ def notebook(browser, lab: str, folder: Path, name: str) -> Iterator:
     "The page of a notebook whose cells have all run, without an error."
     with watched(browser, folder) as page:
         page.goto(f"{lab}/lab/tree/{name}.ipynb?reset")
-        page.wait_for_function(CELLS, timeout=60_000)
+        page.wait_for_function(CELLS)
         page.evaluate("() => window.jupyterapp.shell.currentWidget.sessionContext.ready")
         page.evaluate("() => window.jupyterapp.commands.execute('notebook:run-all-cells')")
         cells = page.evaluate("() => window.jupyterapp.shell.currentWidget.content.model.sharedModel.toJSON().cells")
@@ -284,7 +285,7 @@ def notebook(browser, lab: str, folder: Path, name: str) -> Iterator:
         assert [cell["execution_count"] for cell in ran] == list(range(1, len(ran) + 1)), "not every cell ran"
         errors = [output for cell in ran for output in cell["outputs"] if output["output_type"] == "error" or output.get("name") == "stderr"]
         assert not errors, errors[0]
-        page.wait_for_function("() => document.querySelector('.jp-OutputArea-output .js-plotly-plot')?._fullData?.length > 9", timeout=20_000)
+        page.wait_for_function("() => document.querySelector('.jp-OutputArea-output .js-plotly-plot')?._fullData?.length")
         page.wait_for_timeout(500)  # a reader looks first
         page.screenshot(path=folder / "start.png")
         yield page
@@ -306,7 +307,7 @@ def answer(page, keys: list[str], most: float = 300.0, rounds: int = 3) -> None:
         page.evaluate("() => { window.answered = [] }")
         for count, key in enumerate(keys, 1):
             page.keyboard.press(key)
-            page.wait_for_function(f"() => window.answered.length === {count}", timeout=10_000)
+            page.wait_for_function(f"() => window.answered.length === {count}")
             page.wait_for_timeout(50)  # a hand is not faster
         medians.append(statistics.median(page.evaluate("() => window.answered")))
         if medians[-1] <= most:
@@ -321,11 +322,17 @@ def label(page) -> str:
 
 def wait_for_figure(page, condition: str) -> None:
     "Until the traces d of the figure in the page are such."
-    page.wait_for_function(f"() => {{ const d = document.querySelector('.jp-OutputArea-output .js-plotly-plot')._fullData; return {condition}; }}", timeout=20_000)
+    page.wait_for_function(f"() => {{ const d = document.querySelector('.jp-OutputArea-output .js-plotly-plot')._fullData; return {condition}; }}")
+
+
+def test_a_figure_in_a_box_shows_what_happened_before_it_was_shown(lab, browser, tmp_path):
+    with notebook(browser, lab, tmp_path, "03_live_figure") as page:
+        wait_for_figure(page, "d[0].y[0] === 3")
+        assert label(page) == "a line that falls"
 
 
 def test_the_explorer_in_a_lab(lab, browser, tmp_path):
-    with notebook(browser, lab, tmp_path, "03_curve_explorer") as page:
+    with notebook(browser, lab, tmp_path, "05_curve_explorer") as page:
         assert label(page).startswith("t0 = 440:")
         wait_for_figure(page, "d[5].x[0] === 440")
         focus_slider(page, 0)
@@ -340,11 +347,11 @@ def test_the_explorer_in_a_lab(lab, browser, tmp_path):
         wait_for_figure(page, f"d[4].x[0] === {t0} + 107")
         before = page.evaluate("() => document.querySelector('.js-plotly-plot')._fullData[7].source")
         page.locator(".widget-select-multiple select").select_option("a green mug")
-        page.wait_for_function("(before) => document.querySelector('.js-plotly-plot')._fullData[7].source !== before", arg=before, timeout=20_000)
+        page.wait_for_function("(before) => document.querySelector('.js-plotly-plot')._fullData[7].source !== before", arg=before)
 
 
 def test_the_stepper_in_a_lab(lab, browser, tmp_path):
-    with notebook(browser, lab, tmp_path, "04_stepper") as page:
+    with notebook(browser, lab, tmp_path, "07_stepper") as page:
         assert label(page).startswith("step 2,")  # it has taken one before it was shown
         wait_for_figure(page, "d[9].x[0] === 2")
         play, step = (page.locator(f"button.jupyter-button:has-text('{name}')") for name in ("play", "step"))
@@ -369,23 +376,23 @@ def test_pages_need_no_kernel_and_no_network(browser, tmp_path, pair):
     for _ in range(4):
         run.step()
     curve_explorer.save_page(tmp_path / "curve.html", pair, every=10)
-    stepper.save_page(tmp_path / "steps.html", run.frames, far)
+    frames.save_page(tmp_path / "steps.html", run.frames, far)
     for name, trace, before, after in (("curve", 5, 20, 990), ("steps", 12, 0, 3)):
         with watched(browser, tmp_path) as page:
             asked = []
             page.on("request", lambda request, asked=asked: asked.append(request.url))
             page.goto((tmp_path / f"{name}.html").as_uri())
-            page.wait_for_selector(".js-plotly-plot .slider-group", timeout=20_000)
+            page.wait_for_selector(".js-plotly-plot .slider-group")
             first = f"() => document.querySelector('.js-plotly-plot')._fullData[{trace}].x[0]"
             assert page.evaluate(first) == before
             page.screenshot(path=tmp_path / f"{name}.png")
             rail = page.locator(".slider-rail-touch-rect").bounding_box()
             page.mouse.click(rail["x"] + rail["width"] - 1, rail["y"] + rail["height"] / 2)
-            page.wait_for_function(f"() => document.querySelector('.js-plotly-plot')._fullData[{trace}].x[0] > {before}", timeout=10_000)
+            page.wait_for_function(f"() => document.querySelector('.js-plotly-plot')._fullData[{trace}].x[0] > {before}")
             page.wait_for_timeout(300)
             page.screenshot(path=tmp_path / f"{name}-end.png")
             if name == "steps":
                 page.locator(".updatemenu-button:has-text('play')").click()
-                page.wait_for_function(f"() => document.querySelector('.js-plotly-plot')._fullData[{trace}].x[0] === {after}", timeout=10_000)
+                page.wait_for_function(f"() => document.querySelector('.js-plotly-plot')._fullData[{trace}].x[0] === {after}")
             assert not page.errors, page.errors
             assert all(url.startswith(("file:", "data:", "blob:")) for url in asked), asked
