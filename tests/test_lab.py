@@ -298,7 +298,7 @@ def focus_slider(page, which: int) -> None:
     handle.focus()
 
 
-def answer(page, keys: list[str], most: float = 300.0, rounds: int = 3) -> None:
+def answer(page, keys: list[str], most: float = 300.0, rounds: int = 10) -> None:
     """The median time from the press of a key to the frame in which the label has changed is at most so many milliseconds. A machine that does
     something else at the same time may need another round of all keys."""
     page.evaluate(WATCH)
