@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['PointMaker', 'ImageMaker']
 
-# %% ../../nbs/05_toy/07_amortised.ipynb #110d656a
+# %% ../../nbs/05_toy/07_amortised.ipynb #642a6ab7
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from ..core.settings import UsageError
 
-# %% ../../nbs/05_toy/07_amortised.ipynb #21a1fd98
+# %% ../../nbs/05_toy/07_amortised.ipynb #73180edc
 class PointMaker(nn.Module):
     "Points from caption rows and noise; at first the first two numbers of the noise, which is how free particles start."
 

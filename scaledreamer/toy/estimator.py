@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PointEstimator', 'Learning']
 
-# %% ../../nbs/05_toy/05_estimator.ipynb #76561b18
+# %% ../../nbs/05_toy/05_estimator.ipynb #e8859c4b
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
@@ -15,7 +15,7 @@ from ..distill.methods import Method, ScoreGradient
 from ..prior.base import Conditioning, Prior
 from ..prior.schedule import NoiseSchedule
 
-# %% ../../nbs/05_toy/05_estimator.ipynb #25ec0339
+# %% ../../nbs/05_toy/05_estimator.ipynb #0022db0d
 class PointEstimator(nn.Module):
     "A small network from (x_t, t, caption row) to noise, an `Estimator`. A camera is 16 numbers, zeros where none is told."
 
@@ -35,7 +35,7 @@ class PointEstimator(nn.Module):
         seen = torch.cat([x_t, angle.sin(), angle.cos(), alpha, sigma, (alpha / sigma).log() / 4, tokens[:, 0].to(x_t), x_t.new_zeros(len(x_t), 16) if camera is None else camera.to(x_t)], 1)
         return sigma * x_t + alpha * self.net(seen)
 
-# %% ../../nbs/05_toy/05_estimator.ipynb #a3f1b003
+# %% ../../nbs/05_toy/05_estimator.ipynb #de626537
 class Learning:
     "A `Method` that reads `estimator`, and a step of that estimator after each call."
 

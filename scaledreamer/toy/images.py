@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['image_settings', 'image_start', 'sheet', 'constant_shift', 'shift_strategies']
 
-# %% ../../nbs/05_toy/02_images.ipynb #3c4e4559
+# %% ../../nbs/05_toy/02_images.ipynb #f3784f1c
 from collections.abc import Mapping
 from functools import partial
 
@@ -21,7 +21,7 @@ from ..distill.timesteps import ShiftLaw, deterministic_shift, no_shift, random_
 from ..prior.base import Prior
 from .lockstep import Lockstep, ToySettings
 
-# %% ../../nbs/05_toy/02_images.ipynb #0dea1059
+# %% ../../nbs/05_toy/02_images.ipynb #dec42f17
 def image_settings(steps: int = 1000, seed: int = 0, stride: int = 20) -> ToySettings:
     "What the 2D toy of the paper most likely used, by the defaults of the tool it cites."
     return ToySettings(steps=steps, lr=0.1, betas=(0.9, 0.999), stride=stride, seed=seed)
@@ -40,7 +40,7 @@ def sheet(prior: Prior, points: Mapping[str, Float[Tensor, "n ..."]], scale: flo
     titles = [name if i == 0 else "" for name in points for i in range(n)]
     return show_images(torch.cat([prior.decode(x) for x in points.values()]), columns=n, titles=titles, scale=scale)
 
-# %% ../../nbs/05_toy/02_images.ipynb #b37ef65a
+# %% ../../nbs/05_toy/02_images.ipynb #2779e030
 def _constant(dt: int, t: Tensor, t_min: int, last: int, generator: torch.Generator) -> Int[Tensor, " b"]:
     return (t + dt).clamp(max=last)
 

@@ -6,7 +6,7 @@
 __all__ = ['ToySettings', 'Draw', 'step_generator', 'draw_step', 'Free', 'make_optimizer', 'move', 'Frame', 'Asked',
            'conditioning', 'check_lockstep', 'check_finite', 'Lockstep']
 
-# %% ../../nbs/05_toy/01_lockstep.ipynb #e96e2102
+# %% ../../nbs/05_toy/01_lockstep.ipynb #968f0725
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -24,7 +24,7 @@ from ..distill.methods import Method, ScoreGradient
 from ..distill.timesteps import ShiftLaw, TimestepWindow, annealed_window, deterministic_shift, no_shift, random_shift, sample_timesteps
 from ..prior.base import Conditioning, Prior
 
-# %% ../../nbs/05_toy/01_lockstep.ipynb #a9e67f9a
+# %% ../../nbs/05_toy/01_lockstep.ipynb #50dfc0bf
 @dataclass(frozen=True)
 class ToySettings:
     "How a toy runs; the seed and these decide every number in it."
@@ -55,10 +55,9 @@ class ToySettings:
     def law(self) -> ShiftLaw: return {"random": random_shift(self.eta), "deterministic": deterministic_shift(self.eta), "none": no_shift}[self.shift]
 
     def lr_at(self, step: int) -> float:
-        done = min(1.0, step / self.steps)
-        return self.lr * (self.final + (1 - self.final) * (1 + math.cos(math.pi * done)) / 2)
+        return self.lr * (self.final + (1 - self.final) * (1 + math.cos(math.pi * min(1.0, step / self.steps))) / 2)
 
-# %% ../../nbs/05_toy/01_lockstep.ipynb #3f9d63e0
+# %% ../../nbs/05_toy/01_lockstep.ipynb #86a4830a
 @dataclass(frozen=True, eq=False)
 class Draw:
     "What all methods share in a step."
@@ -86,7 +85,7 @@ def draw_step(settings: ToySettings, step: int, shape: tuple[int, ...], timestep
 
     return Draw(t.to(like.device), noise, t_shifted)
 
-# %% ../../nbs/05_toy/01_lockstep.ipynb #d7377224
+# %% ../../nbs/05_toy/01_lockstep.ipynb #e6c13779
 class Free(nn.Module):
     "Items that are parameters."
 
@@ -110,7 +109,7 @@ def move(items: Float[Tensor, "n ..."], gradient: Float[Tensor, "n ..."], optimi
     for group in optimizer.param_groups: group["lr"] = lr
     optimizer.step()
 
-# %% ../../nbs/05_toy/01_lockstep.ipynb #eed32f02
+# %% ../../nbs/05_toy/01_lockstep.ipynb #ad673d54
 @dataclass(frozen=True, eq=False)
 class Frame:
     "What was before step `step` moved the items; without a graph."
@@ -159,7 +158,7 @@ def check_finite(name: str, score: ScoreGradient, step: int, frames: list[Frame]
     raise RunError(f"step {step}: the gradient of {name} is not finite at t = {t[0]}" + f" and {len(t) - 1} more" * (len(t) > 1) +
                    f"; kept are {kept} and the items before this step: look at the prior there, or lower lr or guidance")
 
-# %% ../../nbs/05_toy/01_lockstep.ipynb #609ad9ee
+# %% ../../nbs/05_toy/01_lockstep.ipynb #6433fd55
 class Lockstep:
     "Several methods from one start on the same draws. `text` is of all items, or one each; `start` are items, or what makes a fresh maker of them."
 

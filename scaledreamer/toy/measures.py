@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['owners', 'shares', 'covered', 'spread', 'energy_distance', 'source_error', 'gradient_norms', 'misfit']
 
-# %% ../../nbs/05_toy/04_measures.ipynb #0b4c24a7
+# %% ../../nbs/05_toy/04_measures.ipynb #3f9b5499
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -16,7 +16,7 @@ from ..prior.base import Prior
 from .lockstep import Asked
 from .points import Modes, true_source
 
-# %% ../../nbs/05_toy/04_measures.ipynb #5100a3a9
+# %% ../../nbs/05_toy/04_measures.ipynb #47416614
 def owners(points: Float[Tensor, "n 2"], modes: Modes, within: float = 3.0) -> tuple[Tensor, Tensor]:
     "The mode nearest to each particle [n], and whether it owns it [n]."
     distance, nearest = torch.cdist(points.double(), modes.means.double()).min(1)
@@ -42,7 +42,7 @@ def spread(points: Float[Tensor, "n 2"], modes: Modes) -> float | None:
     variance = sum(group.var(0, correction=0).sum() * len(group) for group in groups) / sum((len(group) - 1) * group.shape[1] for group in groups)
     return float(variance.sqrt()) / modes.std
 
-# %% ../../nbs/05_toy/04_measures.ipynb #904d13cb
+# %% ../../nbs/05_toy/04_measures.ipynb #74cdc47c
 def energy_distance(x: Float[Tensor, "n d"], y: Float[Tensor, "m d"], unbiased: bool = False) -> float:
     "How far two samples are apart, over all pairs."
     if unbiased and min(len(x), len(y)) < 2: raise UsageError(f"samples of {len(x)} and {len(y)}: the unbiased distance wants at least 2 each")
@@ -53,7 +53,7 @@ def energy_distance(x: Float[Tensor, "n d"], y: Float[Tensor, "m d"], unbiased: 
 
     return float(2 * torch.cdist(x, y, compute_mode="donot_use_mm_for_euclid_dist").mean() - within(x) - within(y))
 
-# %% ../../nbs/05_toy/04_measures.ipynb #4ce61f64
+# %% ../../nbs/05_toy/04_measures.ipynb #c437cf9d
 def source_error(asked: Asked, name: str, prior: Prior) -> float:
     "Mean square of a method's source less the true source of its particles."
     x, score = asked.points[name], asked.scores[name]
@@ -66,7 +66,7 @@ def gradient_norms(score: ScoreGradient) -> dict[str, float]:
     parts = {"norm": score.gradient, "classifier": score.classifier, "rest": score.rest}
     return {part: float(value.flatten(1).norm(dim=1).mean()) for part, value in parts.items()}
 
-# %% ../../nbs/05_toy/04_measures.ipynb #18732c53
+# %% ../../nbs/05_toy/04_measures.ipynb #2a30553d
 @torch.no_grad()
 def misfit(prior: Prior, latents: Float[Tensor, "n ..."], tokens: Float[Tensor, "n k d"], rng: torch.Generator, t: int = 100) -> Float[Tensor, " n"]:
     "Root mean square of what the prior would change in each item, after noise of timestep `t`."

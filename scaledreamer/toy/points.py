@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['arc', 'elsewhere', 'ring', 'moons', 'uneven', 'Modes', 'modes_of', 'true_source', 'exact_vsd']
 
-# %% ../../nbs/05_toy/00_points.ipynb #e3d0bdb8
+# %% ../../nbs/05_toy/00_points.ipynb #7010df27
 import math
 from dataclasses import dataclass
 
@@ -20,7 +20,7 @@ from ..prior.base import Conditioning, Prior, predict_together
 from ..prior.mixture import MixturePrior
 from ..prior.schedule import NoiseSchedule
 
-# %% ../../nbs/05_toy/00_points.ipynb #1797787d
+# %% ../../nbs/05_toy/00_points.ipynb #83054bb2
 def arc(count: int, radius: float, start: float, end: float) -> Float[Tensor, "k 2"]:
     "`count` places on a circle between two angles in degrees, half a gap away from both."
     angle = torch.deg2rad(start + (end - start) * (torch.arange(count) + 0.5) / count)
@@ -54,7 +54,7 @@ def uneven(std: float = 0.15, shares: tuple[float, ...] = (0.5, 0.3, 0.15, 0.05)
     weights = {"uneven": torch.tensor(shares), "elsewhere": torch.ones(len(elsewhere()))}
     return MixturePrior({"uneven": arc(len(shares), 1.5, 0, 360), "elsewhere": elsewhere()}, std, weights)
 
-# %% ../../nbs/05_toy/00_points.ipynb #0a1c0753
+# %% ../../nbs/05_toy/00_points.ipynb #561b0705
 @dataclass(frozen=True, eq=False)
 class Modes:
     "The Gaussians that a text allows."
@@ -76,7 +76,7 @@ def modes_of(prior: MixturePrior, text: str) -> Modes:
     kept = weights > 0
     return Modes((parts.table + parts.center)[kept].unflatten(1, parts.shape), weights[kept] / weights.sum(), prior.std)
 
-# %% ../../nbs/05_toy/00_points.ipynb #9036bab9
+# %% ../../nbs/05_toy/00_points.ipynb #485b35c0
 def true_source(
     particles: Float[Tensor, "n ..."],
     x_t: Float[Tensor, "b ..."],  # where to ask
@@ -87,7 +87,7 @@ def true_source(
     cloud = MixturePrior({"particles": particles.detach()}, std=0.0, schedule=schedule)
     return cloud.predict_noise(x_t, t, cloud.encode_text(["particles"]).tokens.expand(len(x_t), -1, -1))
 
-# %% ../../nbs/05_toy/00_points.ipynb #64d73478
+# %% ../../nbs/05_toy/00_points.ipynb #027ec6fa
 @torch.no_grad()
 def exact_vsd(prior: Prior, latents: Tensor, text: Conditioning, t: Tensor, noise: Tensor, t_shifted: Tensor | None = None, guidance: float = 7.5,
               weight: Weight = sds_weight, camera: Tensor | None = None) -> ScoreGradient:

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['nearest_frames', 'strip', 'norm_curves']
 
-# %% ../../nbs/05_toy/03_strips.ipynb #9e6590ec
+# %% ../../nbs/05_toy/03_strips.ipynb #464341c5
 from collections.abc import Sequence
 
 import matplotlib.pyplot as plt
@@ -17,7 +17,7 @@ from ..core.figures import INK, PALETTE, STYLE, curves
 from ..core.settings import UsageError
 from .lockstep import Frame, Lockstep
 
-# %% ../../nbs/05_toy/03_strips.ipynb #b641a548
+# %% ../../nbs/05_toy/03_strips.ipynb #657a64c7
 def nearest_frames(lockstep: Lockstep, steps: Sequence[int]) -> list[Frame]:
     "The recorded frame nearest to each step."
     if not lockstep.frames: raise UsageError("the lock-step has 0 frames: run it first")
@@ -41,7 +41,7 @@ def strip(lockstep: Lockstep, steps: Sequence[int], behind: Float[Tensor, "m 2"]
         plt.close(figure)
     return figure
 
-# %% ../../nbs/05_toy/03_strips.ipynb #f61b2b4b
+# %% ../../nbs/05_toy/03_strips.ipynb #06ac50a7
 def norm_curves(lockstep: Lockstep) -> Figure:
     "The mean norm of an item's gradient, by method and step."
     frames = nearest_frames(lockstep, range(0, lockstep.done, lockstep.settings.stride))

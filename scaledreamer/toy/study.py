@@ -6,7 +6,7 @@
 __all__ = ['Methods', 'Series', 'run_seeds', 'study_of', 'save_study', 'run_points', 'band', 'draw_study', 'draw_end',
            'run_images']
 
-# %% ../../nbs/05_toy/06_study.ipynb #96c88379
+# %% ../../nbs/05_toy/06_study.ipynb #a74cdf08
 import base64
 import io
 from collections.abc import Callable, Mapping, Sequence
@@ -35,7 +35,7 @@ from .lockstep import Asked, Lockstep, ToySettings
 from .measures import covered, energy_distance, gradient_norms, misfit, source_error, spread
 from .points import modes_of, ring
 
-# %% ../../nbs/05_toy/06_study.ipynb #210a5bc5
+# %% ../../nbs/05_toy/06_study.ipynb #3e9b99b8
 Methods = Callable[[int], Mapping[str, Method]]  # of a seed
 Series = dict[str, dict[str, list[list[float | None]]]]  # method, figure, [seed][step]
 
@@ -69,7 +69,7 @@ def save_study(study: dict[str, Any], path: str | Path) -> None:
     "Write it as JSON, whole or not at all."
     write_json_atomic(path, study)
 
-# %% ../../nbs/05_toy/06_study.ipynb #24bb1c58
+# %% ../../nbs/05_toy/06_study.ipynb #39082062
 def run_points(methods: Methods, seeds: Sequence[int], prior: MixturePrior | None = None, text: str = "ring", count: int = 1000, settings: ToySettings = ToySettings(),
                every: int = 100, laws: Mapping[str, ShiftLaw] | None = None, show: bool = True) -> dict[str, Any]:
     "Particles of each method and seed, from standard normals, under exact scores; `prior` is the ring."
@@ -92,7 +92,7 @@ def run_points(methods: Methods, seeds: Sequence[int], prior: MixturePrior | Non
     final = {name: x[:300].round(decimals=3).tolist() for name, x in runs[seeds[0]].points.items()}
     return study_of("points", settings, seeds, steps, series, text=text, count=count, points=final, data=fresh[:300].round(decimals=3).tolist(), fresh={figure: [row[figure] for row in best] for figure in best[0]})
 
-# %% ../../nbs/05_toy/06_study.ipynb #f38880c0
+# %% ../../nbs/05_toy/06_study.ipynb #0ba9d620
 def band(rows: list[list[float | None]]) -> tuple[np.ndarray, np.ndarray]:
     "Mean and standard deviation over seeds at each step; NaN where no seed has a value."
     values = np.ma.masked_invalid(np.array(rows, float))
@@ -135,7 +135,7 @@ def draw_end(study: dict[str, Any]) -> Figure:
         plt.close(figure)
     return figure
 
-# %% ../../nbs/05_toy/06_study.ipynb #28169cc6
+# %% ../../nbs/05_toy/06_study.ipynb #31b201c0
 def run_images(methods: Methods, seeds: Sequence[int], prior: Prior, text: str, count: int = 4, settings: ToySettings | None = None,
                every: int = 20, laws: Mapping[str, ShiftLaw] | None = None, show: bool = True) -> dict[str, Any]:
     "`count` images of each method and seed, from standard normal latents."
