@@ -25,7 +25,6 @@ from scaledreamer.distill.gradient import (
     uniform_weight,
 )
 from scaledreamer.distill.later_methods import (
-    ddim_step,
     invert,
     ism,
     nfsd,
@@ -215,9 +214,9 @@ def test_bridge_from_the_empty_text_is_csd():
 
 def test_a_ddim_step_goes_back():
     seen = eps(BARE.positive)
-    up = ddim_step(PRIOR.schedule, X, seen, T, T + 40)
-    torch.testing.assert_close(ddim_step(PRIOR.schedule, up, seen, T + 40, T), X)
-    torch.testing.assert_close(ddim_step(PRIOR.schedule, X, seen, T, T), X)
+    up = PRIOR.schedule.ddim_step(X, seen, T, T + 40)
+    torch.testing.assert_close(PRIOR.schedule.ddim_step(up, seen, T + 40, T), X)
+    torch.testing.assert_close(PRIOR.schedule.ddim_step(X, seen, T, T), X)
 
 
 @pytest.mark.parametrize("eta", [0.0, 0.3])

@@ -96,9 +96,7 @@ def ddim(prior: Prior, texts: list[str], noise: Float[Tensor, "b ..."], guidance
             eps = prior.predict_noise(x, t, tokens)
         else:
             eps = guide(*predict_together(prior, [(x, t, empty), (x, t, tokens)]), guidance)
-        x = prior.schedule.x0_from_eps(x, eps, t)
-        if after is not None:
-            x = prior.schedule.add_noise(x, eps, torch.full_like(t, after))
+        x = prior.schedule.x0_from_eps(x, eps, t) if after is None else prior.schedule.ddim_step(x, eps, t, torch.full_like(t, after))
     return x
 
 # %% ../../nbs/03_curve/02_images.ipynb #6c94d126

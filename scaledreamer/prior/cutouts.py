@@ -41,13 +41,13 @@ class Cutouts(Components):
         return super().to(*args, **kwargs)
 
     def denoise(self, x: Float[Tensor, "b d"], a: Float[Tensor, "b 1"], v: Float[Tensor, "b 1"], rows: slice | Tensor,
-                log_w: Float[Tensor, "b k"]) -> tuple[Float[Tensor, "b d"], Float[Tensor, "b k"]]:
+                log_w: Float[Tensor, " k"]) -> tuple[Float[Tensor, "b d"], Float[Tensor, "b k"]]:
         "The mean, with the background it infers, that explains `x` best, from the centre; and the log of each row's mass."
         shows, stretch = self.shows[rows], (a * self.spread).square()
         along = x.view(len(x), -1, shows.shape[1]) @ shows.T - a[..., None] * self.along[:, rows]  # [b, C, k]
         g = stretch / (v + stretch * self.shown[rows])
         narrower = along.shape[1] * torch.log1p(stretch * self.shown[rows] / v)
-        logits = log_w + self.logits(x, a, v, rows) + (g * along.square().sum(1) / v - narrower) / 2
+        logits = self.logits(x, a, v, rows, log_w) + (g * along.square().sum(1) / v - narrower) / 2
         share = logits.softmax(1)
         behind = ((share * g)[:, None] * along) @ shows / a[..., None]
         return share @ self.table[rows] + behind.flatten(1), logits

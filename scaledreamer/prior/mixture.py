@@ -9,9 +9,9 @@ __all__ = ['Means', 'Weights', 'Components', 'caption_row', 'MixturePrior']
 import math
 from collections.abc import Iterator, Mapping
 from difflib import get_close_matches
+from itertools import pairwise
 from typing import Self
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
@@ -63,14 +63,14 @@ class Components:
             return slice(int(ends[captions[0]] - self.counts[captions[0]]), int(ends[captions[-1]]))
         return torch.isin(self.owner, torch.tensor(captions)).nonzero()[:, 0]
 
-    def logits(self, x: Float[Tensor, "b d"], a: Float[Tensor, "b 1"], v: Float[Tensor, "b 1"], rows: slice | Tensor) -> Float[Tensor, "b k"]:
-        "log(w_i N(x; a m_i, v I)) up to a term common to all `rows`; x is measured from a times the centre."
-        return self.log_weights[rows] + (a * (x @ self.table[rows].T) - a.square() * self.half_norms[rows]) / v
+    def logits(self, x: Float[Tensor, "b d"], a: Float[Tensor, "b 1"], v: Float[Tensor, "b 1"], rows: slice | Tensor, log_w: Float[Tensor, " k"]) -> Float[Tensor, "b k"]:
+        "log(w_i N(x; a m_i, v I)) up to a term common to all `rows`, plus `log_w`; x is measured from a times the centre."
+        return torch.addmm(log_w + self.log_weights[rows], x * (a / v), self.table[rows].T).addcmul_(a.square() / v, self.half_norms[rows], value=-1)
 
     def denoise(self, x: Float[Tensor, "b d"], a: Float[Tensor, "b 1"], v: Float[Tensor, "b 1"], rows: slice | Tensor,
-                log_w: Float[Tensor, "b k"]) -> tuple[Float[Tensor, "b d"], Float[Tensor, "b k"]]:
-        "The mean that explains `x` best, from the centre, and the log of each row's mass; `log_w` of the captions of `rows`."
-        logits = log_w + self.logits(x, a, v, rows)
+                log_w: Float[Tensor, " k"]) -> tuple[Float[Tensor, "b d"], Float[Tensor, "b k"]]:
+        "The mean that explains `x` best, from the centre, and the log of each row's mass; `log_w`: of the captions of `rows`."
+        logits = self.logits(x, a, v, rows, log_w)
         return logits.softmax(1) @ self.table[rows], logits
 
 # %% ../../nbs/02_prior/02_mixture.ipynb #f7524b96
@@ -136,37 +136,33 @@ class MixturePrior:
         return _log_density(self, x_t, t, tokens)
 
 # %% ../../nbs/02_prior/02_mixture.ipynb #d7e66b13
-def _supports(tokens: Float[Tensor, "b 1 c"]) -> Iterator[tuple[list[int], Int[Tensor, " _"]]]:
-    "Captions that the tokens allow, each with the items that allow them."
+def _texts(tokens: Float[Tensor, "b 1 c"]) -> Iterator[tuple[slice, list[int]]]:
+    "Each run of items with one text, and the captions that it allows."
     if tokens.ndim != 3 or tokens.shape[1] != 1 or (tokens < 0).any() or (tokens.sum(2) <= 0).any():
         raise UsageError(f"tokens of shape {list(tokens.shape)}: expected rows of caption probabilities [b, 1, captions] from encode_text")
-    allowed = (tokens[:, 0] > 0).cpu().numpy()
-    rows = np.packbits(allowed, axis=1)
-    _, first, kind = np.unique(rows.view(f"V{rows.shape[1]}")[:, 0], return_index=True, return_inverse=True)
-    for i, item in enumerate(first):
-        yield allowed[item].nonzero()[0].tolist(), torch.from_numpy((kind == i).nonzero()[0]).to(tokens.device)
+    changes = (tokens[1:, 0] != tokens[:-1, 0]).any(1).nonzero()[:, 0] + 1
+    for start, end in pairwise([0, *changes.tolist(), len(tokens)]):
+        yield slice(start, end), tokens[start, 0].nonzero()[:, 0].tolist()
 
 
-def _explained(prior: MixturePrior, x_t: Tensor, t: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor, list[tuple[Tensor, Tensor]]]:
-    "x_t from alpha times the centre [b, D], v, the noise [b, D], and per group of items the logits of the components."
-    parts, groups = prior.components, []
+def _explained(prior: MixturePrior, x_t: Tensor, t: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+    "x_t from alpha times the centre [b, D], v, the noise [b, D], and the logits of the components, run by run."
+    parts, logits = prior.components, []
     x = x_t.reshape(len(x_t), -1).to(parts.table.dtype)
     alpha, sigma = prior.schedule.alpha(t, x), prior.schedule.sigma(t, x)
     v = (alpha * prior.std).square() + sigma.square()
     x = x - alpha * parts.center
     mean = torch.empty_like(x)
-    for captions, items in _supports(tokens):
-        rows = parts.rows(captions)
-        caption = tokens[items, 0] / tokens[items, 0].sum(1, keepdim=True)
-        log_w = caption.to(x).log().index_select(1, parts.owner[rows].to(caption.device))
-        mean[items], logits = parts.denoise(x[items], alpha[items], v[items], rows, log_w)
-        groups.append((items, logits))
-    return x, v, sigma * (x - alpha * mean) / v, groups
+    for items, captions in _texts(tokens):
+        rows, caption = parts.rows(captions), tokens[items.start, 0]
+        log_w = (caption / caption.sum()).to(x).log()[parts.owner[rows].to(caption.device)]
+        mean[items], found = parts.denoise(x[items], alpha[items], v[items], rows, log_w)
+        logits.append(found)
+    return x, v, sigma * (x - alpha * mean) / v, logits
 
 
 def _log_density(prior: MixturePrior, x_t: Tensor, t: Tensor, tokens: Tensor) -> Tensor:
     "log p_t(x_t) [b]."
-    x, v, _, groups = _explained(prior, x_t, t, tokens)
-    log_mass = x.new_empty(len(x))
-    for items, logits in groups: log_mass[items] = logits.logsumexp(1)
+    x, v, _, logits = _explained(prior, x_t, t, tokens)
+    log_mass = torch.cat([found.logsumexp(1) for found in logits])
     return log_mass - (x.square().sum(1) / v[:, 0] + x.shape[1] * (2 * math.pi * v[:, 0]).log()) / 2

@@ -7,6 +7,7 @@ __all__ = ['NoiseSchedule', 'scaled_linear', 'from_diffusers']
 
 # %% ../../nbs/02_prior/00_schedule.ipynb #17d3ccde
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -19,9 +20,10 @@ from ..core.settings import UsageError
 def _rows(table: Float[Tensor, " steps"], t: Int[Tensor, " b"]) -> Float[Tensor, " b"]:
     if t.is_floating_point() or t.ndim != 1:
         raise UsageError(f"t is {t.dtype} of shape {list(t.shape)}: expected one integer an item")
-    if t.device.type == "cpu" and len(t) and (t.min() < 0 or t.max() >= len(table)):
-        raise UsageError(f"t runs from {t.min()} to {t.max()}: expected timesteps from 0 to {len(table) - 1}")
-    return table.to(t.device).index_select(0, t)
+    try:
+        return table.to(t.device).index_select(0, t)
+    except IndexError:
+        raise UsageError(f"t runs from {t.min()} to {t.max()}: expected timesteps from 0 to {len(table) - 1}") from None
 
 
 def _shaped(values: Float[Tensor, " b"], like: Tensor | None) -> Float[Tensor, "b ..."]:
@@ -49,14 +51,18 @@ class NoiseSchedule:
     def to(self, device: str | torch.device) -> "NoiseSchedule":
         return NoiseSchedule(self.alphas_cumprod.to(device))
 
+    @cached_property
+    def _roots(self) -> tuple[Tensor, Tensor]:  # alpha and sigma [steps]
+        return self.alphas_cumprod.sqrt(), (1 - self.alphas_cumprod).sqrt()
+
     def abar(self, t: Tensor) -> Tensor:  # alpha_t squared [b], in the table's precision
         return _rows(self.alphas_cumprod, t)
 
     def alpha(self, t: Tensor, like: Tensor | None = None) -> Tensor:  # shaped to multiply `like`; float32 [b, 1, 1, 1] without
-        return _shaped(self.abar(t).sqrt(), like)
+        return _shaped(_rows(self._roots[0], t), like)
 
     def sigma(self, t: Tensor, like: Tensor | None = None) -> Tensor:  # shaped to multiply `like`; float32 [b, 1, 1, 1] without
-        return _shaped((1 - self.abar(t)).sqrt(), like)
+        return _shaped(_rows(self._roots[1], t), like)
 
     def add_noise(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:  # x_t
         return self.alpha(t, x0) * x0 + self.sigma(t, x0) * noise
@@ -66,6 +72,9 @@ class NoiseSchedule:
 
     def eps_from_x0(self, x_t: Tensor, x0: Tensor, t: Tensor) -> Tensor:
         return (x_t - self.alpha(t, x_t) * x0) / self.sigma(t, x_t)
+
+    def ddim_step(self, x_t: Tensor, eps: Tensor, t: Tensor, to: Tensor) -> Tensor:  # x at `to`; not finite where alpha_t = 0
+        return self.add_noise(self.x0_from_eps(x_t, eps, t), eps, to)
 
     def x0_from_v(self, x_t: Tensor, v: Tensor, t: Tensor) -> Tensor:
         return self.alpha(t, x_t) * x_t - self.sigma(t, x_t) * v
