@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..core.settings import UsageError
-from ..distill.methods import ScoreGradient
+from ..distill.methods import ScoreGradient, norms
 from ..prior.base import Prior
 from .lockstep import Asked
 from .points import Modes, true_source
@@ -64,7 +64,7 @@ def source_error(asked: Asked, name: str, prior: Prior) -> float:
 def gradient_norms(score: ScoreGradient) -> dict[str, float]:
     "Mean norm of an item's gradient, of what guidance adds to it, and of the rest."
     parts = {"norm": score.gradient, "classifier": score.classifier, "rest": score.rest}
-    return {part: float(value.flatten(1).norm(dim=1).mean()) for part, value in parts.items()}
+    return {part: float(norms(value).mean()) for part, value in parts.items()}
 
 # %% ../../nbs/05_toy/04_measures.ipynb #2a30553d
 @torch.no_grad()
