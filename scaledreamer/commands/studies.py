@@ -6,6 +6,7 @@
 __all__ = ['Stopped', 'fresh', 'save_figure', 'Curve', 'methods_of', 'Toy']
 
 # %% ../../nbs/14_commands/00_studies.ipynb #3b8b8734
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -17,7 +18,7 @@ import tyro
 from matplotlib.figure import Figure
 
 from ..core.figures import curves
-from ..core.settings import UsageError, replacing
+from ..core.settings import UsageError, obstacle, replacing
 from ..curve.error import ErrorCurve
 from ..curve.images import CurveProtocol, PriorSamples, ToyboxRenders
 from ..curve.measure import measure_curve
@@ -41,7 +42,8 @@ def fresh(path: Path) -> Path:
     "A path that holds nothing yet, in a folder that is there. Raises UsageError otherwise."
     if path.exists(): raise UsageError(f"{path} exists: give another --out")
     try: path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error: raise UsageError(f"{path.parent} cannot be made ({error.strerror}): give another --out") from None
+    except OSError as error: raise UsageError(f"{path.parent} cannot be made ({obstacle(error)[0]}): give another --out") from None
+    if not os.access(path.parent, os.W_OK): raise UsageError(f"{path.parent} cannot be written to: give another --out")
     return path
 
 
