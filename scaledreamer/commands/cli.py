@@ -176,7 +176,7 @@ def parse(argv: list[str]) -> Command:
         if exit.code in (0, None): raise
         raise UsageError(sentence(errors.getvalue())) from None
 
-
+# %% ../../nbs/14_commands/02_cli.ipynb #b8886428
 def main(argv: list[str] | None = None) -> int:
     "Run a command; returns the exit code."
     try:
