@@ -22,7 +22,7 @@ setup(
     package_data={"scaledreamer": ["assets/**/*"]},
     install_requires=cfg["requirements"].split(),
     extras_require={"dev": cfg["dev_requirements"].split()},
-    entry_points={"console_scripts": ["scaledreamer = scaledreamer.commands.cli:main"],
+    entry_points={"console_scripts": ["scaledreamer = scaledreamer.commands.entry:main"],
                   "nbdev": [f"{cfg['lib_name']}={cfg['lib_name']}._modidx:d"]},
     zip_safe=False,
 )

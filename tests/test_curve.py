@@ -44,14 +44,10 @@ from scaledreamer.prior.pipelines import random_pipeline
 from scaledreamer.prior.stable_diffusion import StableDiffusionPrior
 from scaledreamer.prior.toybox_mixture import toybox_mixture
 from scaledreamer.toybox.captions import TOYBOX_15
+from worlds import DOUBLE, draw
 
-DOUBLE = torch.float64
 PRIOR = MixturePrior({"a": torch.tensor([[1.0, -2.0], [0.0, 1.0]], dtype=DOUBLE), "b": torch.tensor([[0.0, 3.0]], dtype=DOUBLE)}, std=0.4)
 TIMES = torch.tensor([0, 150, 320, 550, 700, 930, 999])
-
-
-def draw(*shape, seed=0):
-    return torch.randn(*shape, generator=generator(seed), dtype=DOUBLE)
 
 
 def batch(n, seed=0):

@@ -20,33 +20,11 @@ from scaledreamer.distill.timesteps import (
     sample_timesteps,
     shifted,
 )
-from scaledreamer.prior.base import Conditioning
-from scaledreamer.prior.mixture import MixturePrior
 from scaledreamer.prior.schedule import NoiseSchedule, scaled_linear
-
-DOUBLE = torch.float64
-SHAPE = (3, 4, 4)
-
-
-def draw(*shape, seed=0):
-    return torch.randn(*shape, generator=generator(seed), dtype=DOUBLE)
-
-
-def make(schedule=None, std=0.4, **sizes):
-    sizes = sizes or {"a": 4, "b": 3, "c": 2}
-    return MixturePrior({c: draw(k, *SHAPE, seed=i) for i, (c, k) in enumerate(sizes.items())}, std, schedule=schedule)
-
+from worlds import NOISE, SHAPE, T, X, draw, make, plane, pushed_texts_of, rows, texts_of
 
 PRIOR = make()
-X, NOISE, T = draw(3, *SHAPE, seed=10), draw(3, *SHAPE, seed=11), torch.tensor([60, 470, 930])
-
-
-def say(*texts, prior=PRIOR):
-    return prior.encode_text(list(texts)).tokens
-
-
-PLAIN = Conditioning(say("a", "b", "a"), say("", "", ""))
-PUSHED = Conditioning(PLAIN.positive, PLAIN.unconditional, torch.stack([say("b", "c", "c"), say("c", "a", "b")], 1), -draw(3, 2, seed=12).abs())
+PLAIN, PUSHED = texts_of(PRIOR), pushed_texts_of(PRIOR)
 
 
 # the surrogate ----------------------------------------------------------------------------------------------------------------
@@ -129,11 +107,6 @@ def test_csd_scales_with_guidance_and_sees_no_noise_source():
 # items --------------------------------------------------------------------------------------------------------------------------
 
 
-def rows(text, index):
-    parts = (text.positive, text.unconditional, text.negatives, text.negative_weights)
-    return Conditioning(*(None if part is None else part[index] for part in parts))
-
-
 @given(st.permutations(range(3)), st.integers(1, 3), st.sampled_from([sds, csd, asd]), st.sampled_from([PLAIN, PUSHED]))
 @settings(max_examples=25, deadline=None)
 def test_items_never_mix(order, count, method, text):
@@ -155,8 +128,8 @@ def test_methods_keep_their_contract(method):
 
 
 def test_latents_of_any_rank():
-    points = MixturePrior({"a": draw(5, 2), "b": draw(3, 2, seed=1)}, 0.3)
-    text = Conditioning(say("a", "b", "a", prior=points), say("", "", "", prior=points))
+    points = plane()
+    text = texts_of(points)
     for method in (sds, csd, later_asd):
         assert method(points, draw(3, 2), text, T, draw(3, 2, seed=3)).gradient.shape == (3, 2)
 

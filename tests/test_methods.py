@@ -37,17 +37,7 @@ from scaledreamer.distill.vsd import EstimatorTrainer, esd, vsd
 from scaledreamer.prior.base import Conditioning
 from scaledreamer.prior.mixture import MixturePrior
 from scaledreamer.prior.stable_diffusion import StableDiffusionPrior
-
-DOUBLE = torch.float64
-SHAPE = (3, 4, 4)
-
-
-def draw(*shape, seed=0):
-    return torch.randn(*shape, generator=generator(seed), dtype=DOUBLE)
-
-
-def make(**captions):
-    return MixturePrior({c: draw(k, *SHAPE, seed=seed) for seed, (c, k) in enumerate(captions.items())}, 0.4)
+from worlds import DOUBLE, NOISE, SHAPE, T, X, draw, make, plane, pushed_texts_of, rows, say, texts_of
 
 
 class Renders:
@@ -67,18 +57,9 @@ class Renders:
 
 
 PRIOR, RENDERS = make(a=4, b=3, c=2, bad=3), Renders(make(z=1, y=2, x=2, w=4))
-X, NOISE, T = draw(3, *SHAPE, seed=10), draw(3, *SHAPE, seed=11), torch.tensor([60, 470, 930])
 CAMERA = draw(3, 16, seed=13).float()
-
-
-def say(*texts):
-    return PRIOR.encode_text(list(texts)).tokens
-
-
-BARE = Conditioning(say("a", "b", "a"), say("", "", ""))
-TEXTS = {"plain": say("c", "c", "b"), "defects": say("bad", "bad", "bad"), "described": say("c", "bad", "bad")}
-FULL = Conditioning(BARE.positive, BARE.unconditional, **TEXTS)
-PUSHED = Conditioning(BARE.positive, BARE.unconditional, torch.stack([say("b", "c", "c"), say("c", "a", "b")], 1), -draw(3, 2, seed=12).abs(), **TEXTS)
+TEXTS = {"plain": say(PRIOR, "c", "c", "b"), "defects": say(PRIOR, "bad", "bad", "bad"), "described": say(PRIOR, "c", "bad", "bad")}
+BARE, FULL, PUSHED = texts_of(PRIOR), texts_of(PRIOR, **TEXTS), pushed_texts_of(PRIOR, **TEXTS)
 
 
 def with_shift(prior, latents, text, t, noise, camera=None, **options):
@@ -94,11 +75,6 @@ METHODS = {
     "sds": blind(sds), "csd": blind(csd), "asd": with_shift, "vsd": partial(vsd, estimator=RENDERS), "esd": partial(esd, estimator=RENDERS),
     "nfsd": blind(nfsd), "bridge": blind(sds_bridge), "sdi": blind(sdi), "ism": blind(ism)}  # fmt: skip
 every_method = pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
-
-
-def rows(text, index):
-    names = ("positive", "unconditional", "negatives", "negative_weights", "plain", "defects", "described")
-    return Conditioning(*(None if getattr(text, name) is None else getattr(text, name)[index] for name in names))
 
 
 def eps(tokens, t=T, x=X):
@@ -157,9 +133,8 @@ def test_the_weight_only_weighs(method, weight):
 
 @every_method
 def test_a_method_of_points(method):
-    points = MixturePrior({"a": draw(5, 2), "b": draw(3, 2, seed=1)}, 0.3)
-    positive, empty = points.encode_text(["a", "b", "a"]).tokens, points.encode_text([""] * 3).tokens
-    text = Conditioning(positive, empty, defects=empty, described=empty)
+    points, empty = plane(), say(plane(), "", "", "")
+    text = texts_of(points, defects=empty, described=empty)
     own = {"estimator": Renders(points)} if getattr(method, "func", None) in (vsd, esd) else {}
     assert method(points, draw(3, 2), text, T, draw(3, 2, seed=3), camera=CAMERA, **own).gradient.shape == (3, 2)
 

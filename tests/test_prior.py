@@ -17,8 +17,7 @@ from scaledreamer.prior.mixture import MixturePrior
 from scaledreamer.prior.pipelines import quiet, random_pipeline
 from scaledreamer.prior.schedule import NoiseSchedule, scaled_linear
 from scaledreamer.prior.stable_diffusion import TINY, StableDiffusionPrior
-
-DOUBLE = torch.float64
+from worlds import DOUBLE, draw
 
 
 # the schedule -----------------------------------------------------------------------------------------------------------------
@@ -36,7 +35,7 @@ def test_published_variances():
 def test_conversions_invert_each_other(abar, data):
     schedule = NoiseSchedule(torch.tensor(sorted(abar, reverse=True), dtype=DOUBLE))
     t = torch.tensor(data.draw(st.lists(st.integers(0, len(abar) - 1), min_size=1, max_size=4)))
-    x0, eps = (torch.randn(len(t), 2, 3, generator=generator(i), dtype=DOUBLE) for i in range(2))
+    x0, eps = (draw(len(t), 2, 3, seed=i) for i in range(2))
     x_t = schedule.add_noise(x0, eps, t)
     v = schedule.v_from_eps(x_t, eps, t)
     for ours, true in ((schedule.x0_from_v(x_t, v, t), x0), (schedule.eps_from_v(x_t, v, t), eps), (schedule.eps_from_x0(x_t, x0, t), eps)):
@@ -54,8 +53,8 @@ def test_timesteps_are_checked():
 
 
 def test_guidance_of_one_item_does_not_see_the_others():
-    eps, empty, *negatives = torch.randn(4, 3, 4, 5, 5, generator=generator(0), dtype=DOUBLE)
-    weights = torch.randn(3, 2, generator=generator(1), dtype=DOUBLE)
+    eps, empty, *negatives = draw(4, 3, 4, 5, 5)
+    weights = draw(3, 2, seed=1)
     whole = guide(empty, eps, 7.5, negatives, weights)
     for i in range(3):
         row = slice(i, i + 1)
@@ -111,7 +110,7 @@ TEXTS = {"a dog": {"a dog": 1.0}, "a cat": {"a cat, front view": 0.5, "a cat, si
 @pytest.mark.parametrize("t", [0, 40, 500, 999])
 def test_mixture_is_the_sum_over_its_components(t):
     prior, means, weights = mixture()
-    x_t = torch.randn(3, 3, 2, 2, generator=generator(0), dtype=DOUBLE)
+    x_t = draw(3, 3, 2, 2)
     tokens, times = prior.encode_text(list(TEXTS)).tokens, torch.full((3,), t)
     truth = [brute_force(means, weights, shares, 0.4, prior.schedule, x, t) for x, shares in zip(x_t, TEXTS.values())]
     torch.testing.assert_close(prior.log_density(x_t, times, tokens), torch.stack(truth), atol=1e-9, rtol=1e-9)
@@ -143,7 +142,7 @@ def test_mixture_in_float32_is_the_one_in_float64():
 def test_mixture_does_not_depend_on_the_order_of_its_captions():
     prior, means, weights = mixture()
     turned = MixturePrior(dict(reversed(means.items())), 0.4, weights)
-    x_t, t = torch.randn(3, 3, 2, 2, generator=generator(0), dtype=DOUBLE), torch.tensor([10, 400, 900])
+    x_t, t = draw(3, 3, 2, 2), torch.tensor([10, 400, 900])
     for text in TEXTS:
         ours, theirs = (p.predict_noise(x_t, t, p.encode_text([text] * 3).tokens) for p in (prior, turned))
         torch.testing.assert_close(ours, theirs, atol=1e-10, rtol=0)

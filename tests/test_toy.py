@@ -27,14 +27,15 @@ from scaledreamer.toy.measures import covered, energy_distance, gradient_norms, 
 from scaledreamer.toy.points import Modes, exact_vsd, modes_of, moons, ring, true_source, uneven
 from scaledreamer.toy.strips import norm_curves, strip
 from scaledreamer.toy.study import draw_end, draw_study, run_images, run_points, save_study
+from worlds import DOUBLE
+from worlds import draw as double
 
-DOUBLE = torch.float64
 WORLD, SCHEDULE = ring(), scaled_linear()
 FEW = ToySettings(steps=40, stride=8, defects="elsewhere", described="elsewhere")
 
 
-def draw(*shape, seed=0, dtype=torch.float32):
-    return torch.randn(*shape, generator=generator(seed), dtype=dtype)
+def draw(*shape, seed=0, dtype=torch.float32):  # toys are made of single numbers
+    return double(*shape, seed=seed, dtype=dtype)
 
 
 def learning(method=vsd, count=12, seed=0, **options):

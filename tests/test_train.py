@@ -15,8 +15,9 @@ from scaledreamer.commands.cli import main
 from scaledreamer.core.settings import RunError, UsageError, from_json, to_json
 from scaledreamer.distill.estimator import LoRAEstimator
 from scaledreamer.train.checkpoints import checkpoint_steps
-from scaledreamer.train.settings import DistillSettings, TrainSettings, paper, read_settings
-from scaledreamer.train.step import step_prompts
+from scaledreamer.text.corpora import number
+from scaledreamer.train.settings import DistillSettings, TrainSettings, make_prior, paper, read_settings
+from scaledreamer.train.step import build, step_prompts
 from scaledreamer.train.trainer import open_run, train
 
 
@@ -85,6 +86,8 @@ def test_a_gradient_that_is_not_finite_costs_no_checkpoint(settings, tmp_path, m
 def test_published_figures_are_those_of_the_defaults():
     published = ROOT / "nbs/90_experiments/results/main_job/config.json"
     assert read_settings(published.read_text(encoding="utf-8")) == TrainSettings()
+
+
 @pytest.mark.parametrize("method", ["vsd", "esd"])
 def test_an_estimator_is_trained_saved_and_resumed_exactly(settings, tmp_path, method):
     own = replace(settings, prior="tiny-sd", method=method, distill=DistillSettings(estimator_lr=1e-3))
@@ -175,6 +178,89 @@ def test_evaluate_completes_the_run_folder(run):
     assert figures["train_seconds"] > 0 and 0.1 < figures["peak_memory_gb"] < 8 and figures["machine"]["cores"] >= 1
     assert len(list((run.folder / "views").glob("*/*.png"))) == 2 * 8
     assert "a blue cube" in (run.folder / "report.html").read_text(encoding="utf-8")
+
+
+def test_a_prompt_that_clip_cannot_read_is_refused_before_training(tmp_path, capsys, monkeypatch):
+    "By the words alone: no network reads them, neither then nor for the training."
+    from scaledreamer.eval.clip import ClipScorer
+    corpus = tmp_path / "long.txt"
+    corpus.write_text("a red ball\na red ball" + " on a blue cube" * 7 + "\n", encoding="utf-8")
+    monkeypatch.setattr(ClipScorer, "text_features", lambda *args: pytest.fail("encoded"))
+    monkeypatch.setattr("scaledreamer.commands.cli.train", lambda *args: pytest.fail("trained"))
+    assert main(["train", "--prior", "mixture", "--corpus", str(corpus), "--out", str(tmp_path / "run")]) == 2
+    assert re.fullmatch(r"scaledreamer: tiny-clip reads at most 24 tokens, the text 'a red ball on .+' has more: shorten it or choose another CLIP model\n", capsys.readouterr().err)
+    assert not (tmp_path / "run").exists()
+
+
+def test_one_clip_serves_the_check_and_the_evaluation(settings, tmp_path, monkeypatch):
+    from scaledreamer.eval.clip import ClipScorer
+    loaded, load = [], ClipScorer.load
+    monkeypatch.setattr(ClipScorer, "load", staticmethod(lambda *args, **options: loaded.append(1) or load(*args, **options)))
+    argv = ["train", "--prior", "mixture", "--corpus", settings.corpus, "--steps", "1", "--prompts", "1", "--resolution", "16", "--distill.views", "words"]
+    assert main([*argv, "--eval-views", "1", "--out", str(tmp_path / "run")]) == 0 and len(loaded) == 1
+
+
+def test_a_prompt_that_is_too_long_with_its_view_is_found_among_many(monkeypatch):
+    "It has few letters and many tokens, and fits without its view; of 200 prompts no more than 64 are encoded with one."
+    prior = make_prior(TrainSettings(), ())
+    texts = [f"a red rectangle number {i}" for i in range(200)]
+    long = "z" * 8  # a word that the tokenizer does not know whole
+    while True:
+        try: prior.encode_text([long := long + " z"])
+        except UsageError: break
+    long = long.removesuffix(" z")
+    assert len(prior.encode_text([long])) == 1 and len(long) < 2 * len(texts[0])
+    asked, encode = [], type(prior).encode_text
+    monkeypatch.setattr(type(prior), "encode_text", lambda self, texts: asked.extend(texts) or encode(self, texts))
+    with pytest.raises(UsageError, match=rf"'{long[:20]}.+ tokens: shorten it"):
+        build(Path("nowhere"), TrainSettings(), number([(text, "train") for text in [*texts, long]]))
+    assert sum("<az" in text for text in asked) <= 64
+    run = build(Path("nowhere"), TrainSettings(), number([(text, "train") for text in texts]))
+    assert len(run.trained) == 200
+
+
+def test_the_norm_of_all_gradients_is_that_of_their_norms(settings):
+    generator = torch.Generator().manual_seed(0)
+    gradients = [torch.randn(shape, generator=generator) for shape in ((3, 4), (7,), (2, 2, 2))]
+    one_by_one = torch.stack([gradient.norm() for gradient in gradients]).norm()
+    torch.testing.assert_close(torch.nn.utils.get_total_norm(gradients), one_by_one)
+    for bad in (float("nan"), float("inf")):
+        gradients[1][3] = bad
+        assert not torch.nn.utils.get_total_norm(gradients).isfinite()
+
+
+def test_a_log_that_cannot_be_written_is_a_sentence(settings, tmp_path, capsys):
+    (tmp_path / "run").mkdir()
+    argv = ["train", "--prior", "mixture", "--corpus", settings.corpus, "--steps", "2", "--prompts", "1", "--resolution", "16", "--distill.views", "words", "--eval-views", "0"]
+    assert main([*argv, "--steps", "1", "--out", str(tmp_path / "run")]) == 0
+    (tmp_path / "run/sessions.jsonl").unlink()
+    (tmp_path / "run/sessions.jsonl").mkdir()
+    capsys.readouterr()
+    assert main([*argv, "--steps", "1", "--resume", "--out", str(tmp_path / "run")]) == 1
+    assert re.search(r"^scaledreamer: \S+sessions.jsonl cannot be written \(it is a folder\): give the name of a file$", capsys.readouterr().err, re.MULTILINE)
+
+
+STOPPED = """
+import signal, sys
+from importlib.abc import MetaPathFinder
+class Press(MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if name == sys.argv[1]: signal.raise_signal(signal.SIGINT)
+sys.meta_path.insert(0, Press())
+from scaledreamer.commands.entry import main
+sys.argv[1:] = ["doctor"]
+sys.exit(main())
+"""
+
+
+@pytest.mark.parametrize("library", ["torch", "scaledreamer.commands.studies", "open_clip"])
+def test_an_interrupt_while_libraries_load_is_one_line(library):
+    done = subprocess.run([sys.executable, "-c", STOPPED.replace("sys.argv[1]:", f"{library!r}:"), "doctor"], capture_output=True, text=True)
+    assert (done.returncode, done.stderr.strip(), done.stdout) == (130, "scaledreamer: stopped", "")
+
+
+def test_the_shell_calls_the_quiet_entry():
+    assert '"scaledreamer = scaledreamer.commands.entry:main"' in (ROOT / "setup.py").read_text(encoding="utf-8")
 
 
 def test_every_prompt_is_visited_equally():

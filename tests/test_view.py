@@ -138,6 +138,44 @@ def test_mp4(frames, tmp_path, side):
     assert (shown - frames[3, :, :even, :even]).abs().mean() < 0.03
 
 
+@pytest.mark.parametrize("height, width", [(1, 1), (2, 2), (3, 5), (1, 64), (64, 1), (7, 2)])
+def test_mp4_of_odd_and_tiny_frames(tmp_path, height, width):
+    "An odd side loses its last line, a single line is doubled; every frame is there."
+    shades = torch.linspace(0.2, 0.8, 5).reshape(5, 1, 1, 1).expand(5, 3, height, width)
+    save_turntable(shades, tmp_path / "grey.mp4")
+    reader = imageio_ffmpeg.read_frames(str(tmp_path / "grey.mp4"))
+    shown = max(width // 2 * 2, 2), max(height // 2 * 2, 2)
+    assert next(reader)["size"] == shown
+    film = torch.stack([torch.frombuffer(bytearray(f), dtype=torch.uint8) for f in reader]) / 255
+    assert film.shape == (5, 3 * math.prod(shown))
+    assert (film.mean(1) - shades[:, 0, 0, 0]).abs().max() < 0.03
+
+
+@pytest.mark.parametrize("kind", ["gif", "mp4", "html"])
+@pytest.mark.parametrize("shape", [(0, 3, 8, 8), (2, 3, 0, 8)])
+def test_a_turntable_of_nothing_is_refused(tmp_path, kind, shape):
+    with pytest.raises(UsageError, match="want at least one frame of at least one pixel"):
+        save_turntable(torch.zeros(shape), tmp_path / f"none.{kind}")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("kind", ["gif", "mp4", "html"])
+def test_a_folder_in_the_way_is_said(frames, tmp_path, kind):
+    (tmp_path / f"car.{kind}").mkdir()
+    with pytest.raises(RunError, match=rf"car.{kind} cannot be written \(it is a folder\): give the name of a file$"):
+        save_turntable(frames, tmp_path / f"car.{kind}")
+    assert [path.name for path in tmp_path.iterdir()] == [f"car.{kind}"]
+
+
+def test_a_film_that_ffmpeg_left_unfinished_is_said(frames, tmp_path, monkeypatch):
+    "ffmpeg that dies while it closes raises nothing."
+    count = imageio_ffmpeg.count_frames_and_secs
+    monkeypatch.setattr(imageio_ffmpeg, "count_frames_and_secs", lambda path: (count(path)[0] - 1, 0.1))
+    with pytest.raises(RunError, match="^ffmpeg wrote 5 of 6 frames of .*: free some space, or write a .gif or .html instead$"):
+        save_turntable(frames, tmp_path / "car.mp4")
+    assert not list(tmp_path.iterdir())
+
+
 def test_page(frames, tmp_path):
     save_turntable(frames, tmp_path / "car.html", title="a <b> & c")
     page = (tmp_path / "car.html").read_text(encoding="utf-8")

@@ -24,8 +24,8 @@ import tyro
 
 from .doctor import Doctor
 from .studies import Curve, Stopped, Toy
-from ..core.settings import RunError, UsageError, write_json_atomic
-from ..core.tensors import machine
+from ..core.settings import RunError, UsageError, obstacle, write_json_atomic
+from ..core.tensors import best_device, machine
 from ..eval.clip import ClipScorer
 from ..eval.report import evaluate_scenes
 from ..eval.tiny_clip import make_tiny_clip
@@ -34,9 +34,9 @@ from ..render.volume import render_views
 from ..text.corpora import load_corpus
 from ..toybox.captions import CORPORA
 from ..train.settings import PRESETS, TrainSettings
-from ..train.trainer import Run, open_run, train
+from ..train.trainer import Run, open_run, read_rows, train
 from ..view.mesh import extract_mesh, save_mesh
-from ..view.run_report import read_rows, write_report
+from ..view.run_report import write_report
 from ..view.turntable import save_turntable, turntable_frames
 
 # %% ../../nbs/14_commands/02_cli.ipynb #d9b9204c
@@ -46,9 +46,9 @@ def training_cost(sessions: Path) -> dict[str, float | None]:
     return {"train_seconds": sum(row["seconds"] for row in rows) or None, "peak_memory_gb": max((row["peak_memory_gb"] or 0 for row in rows), default=0) or None}
 
 
-def evaluate_run(run: Run, views: int = 120, clip: str | None = None) -> dict:
+def evaluate_run(run: Run, scorer: ClipScorer, views: int = 120) -> dict:
     "Measure a run; write `eval.json`, views, meshes and `report.html` in its folder."
-    scorer, own = ClipScorer.load(clip, device=run.settings.device), [prompt.text for prompt in run.trained]
+    own = [prompt.text for prompt in run.trained]
     galleries = {"own": own, "toybox-800": [*dict.fromkeys([*own, *CORPORA["toybox-800"]])]}
     def pictures(scene, cameras, size): return render_views(scene, cameras, size, size, run.settings.render)
     result = evaluate_scenes(run.scene, run.trained, scorer, views=views, gallery=galleries, renderer=pictures, device=run.settings.device)
@@ -80,12 +80,13 @@ class Train:
     def run(self) -> str:
         s = self.settings
         folder = self.out or Path("runs") / f"{Path(s.corpus).stem}-{s.generator}-{s.method}-{s.seed}"
-        if self.eval_views: ClipScorer.load().text_features([prompt.text for prompt in load_corpus(s.corpus)])
+        scorer = ClipScorer.load(device=best_device(s.device)) if self.eval_views else None
+        if scorer: scorer.check([prompt.text for prompt in load_corpus(s.corpus)])
         if self.resume and not folder.exists(): print(f"nothing to resume in {folder}: starting anew", file=sys.stderr)
         try: run = train(folder, s, self.resume)
         except KeyboardInterrupt: raise Stopped("stopped; what is done is saved: give the same command with --resume to go on") from None
         try:
-            if self.eval_views: print(summary(evaluate_run(run, self.eval_views)))
+            if scorer: print(summary(evaluate_run(run, scorer, self.eval_views)))
         except KeyboardInterrupt: raise Stopped(f"stopped; the training is done, measure it with: scaledreamer evaluate {folder}") from None
         return f"run: {folder}"
 
@@ -99,7 +100,8 @@ class Evaluate:
 
     def run(self) -> str:
         if self.views < 1: raise UsageError(f"--views is {self.views}: expected at least 1")
-        print(summary(evaluate_run(open_run(self.folder), self.views, self.clip)))
+        run = open_run(self.folder)
+        print(summary(evaluate_run(run, ClipScorer.load(self.clip, device=run.settings.device), self.views)))
         return f"evaluation: {self.folder / 'eval.json'}"
 
 # %% ../../nbs/14_commands/02_cli.ipynb #b5705657
@@ -114,6 +116,7 @@ class Export:
     def run(self) -> str:
         kinds = {".glb": "mesh", ".obj": "mesh", ".ply": "mesh", ".gif": "film", ".mp4": "film", ".html": "film"}
         if self.to.suffix not in kinds: raise UsageError(f"--to {self.to}: the suffix should be one of {', '.join(kinds)}")
+        if self.to.is_dir(): raise UsageError(f"--to {self.to}: it is a folder, give the name of a file in it")
         if self.resolution < 8: raise UsageError(f"--resolution is {self.resolution}: expected at least 8")
         if not os.access(next(p for p in self.to.absolute().parents if p.exists()), os.W_OK): raise UsageError(f"--to {self.to}: its folder cannot be written to")
         run = open_run(self.folder)
@@ -173,7 +176,7 @@ def parse(argv: list[str]) -> Command:
         if exit.code in (0, None): raise
         raise UsageError(sentence(errors.getvalue())) from None
 
-
+# %% ../../nbs/14_commands/02_cli.ipynb #b8886428
 def main(argv: list[str] | None = None) -> int:
     "Run a command; returns the exit code."
     try:
@@ -182,6 +185,10 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt as stop:
         print(f"\nscaledreamer: {stop or 'stopped'}", file=sys.stderr)
         return 130
-    except (UsageError, RunError, OSError) as error:
+    except (UsageError, RunError) as error:
         print(f"scaledreamer: {error}", file=sys.stderr)
         return 2 if isinstance(error, UsageError) else 1
+    except OSError as error:
+        what, remedy = obstacle(error)
+        print(f"scaledreamer: {error.filename or 'a file'} cannot be used ({what}): {remedy}", file=sys.stderr)
+        return 1

@@ -6,7 +6,7 @@
 __all__ = ['Stopped', 'fresh', 'save_figure', 'Curve', 'methods_of', 'Toy']
 
 # %% ../../nbs/14_commands/00_studies.ipynb #3b8b8734
-import json
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -18,14 +18,12 @@ import tyro
 from matplotlib.figure import Figure
 
 from ..core.figures import curves
-from ..core.settings import UsageError, replacing
+from ..core.settings import UsageError, obstacle, replacing
 from ..curve.error import ErrorCurve
 from ..curve.images import CurveProtocol, PriorSamples, ToyboxRenders
 from ..curve.measure import measure_curve
-from ..distill.estimator import Estimator, LoRAEstimator
-from ..distill.later_methods import ism, nfsd, sdi, sds_bridge
-from ..distill.methods import Method, asd, csd, sds
-from ..distill.vsd import esd, vsd
+from ..distill.estimator import LoRAEstimator
+from ..distill.methods import Method
 from ..prior.base import Prior
 from ..text.corpora import load_corpus
 from ..toy.estimator import Learning, PointEstimator
@@ -33,7 +31,7 @@ from ..toy.images import image_settings
 from ..toy.lockstep import ToySettings
 from ..toy.points import exact_vsd, ring
 from ..toy.study import draw_end, draw_study, run_images, run_points, save_study
-from ..train.settings import TrainSettings, make_prior
+from ..train.settings import LEARNING, METHODS, DistillSettings, TrainSettings, make_prior, method_of
 
 # %% ../../nbs/14_commands/00_studies.ipynb #acb74dfe
 class Stopped(KeyboardInterrupt):
@@ -44,7 +42,8 @@ def fresh(path: Path) -> Path:
     "A path that holds nothing yet, in a folder that is there. Raises UsageError otherwise."
     if path.exists(): raise UsageError(f"{path} exists: give another --out")
     try: path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error: raise UsageError(f"{path.parent} cannot be made ({error.strerror}): give another --out") from None
+    except OSError as error: raise UsageError(f"{path.parent} cannot be made ({obstacle(error)[0]}): give another --out") from None
+    if not os.access(path.parent, os.W_OK): raise UsageError(f"{path.parent} cannot be written to: give another --out")
     return path
 
 
@@ -86,21 +85,22 @@ class Curve:
 # %% ../../nbs/14_commands/00_studies.ipynb #3749a5cf
 def methods_of(words: str, prior: Prior, count: int, guidance: float | None, exact: bool) -> Callable[[int], Mapping[str, Method]]:
     "Methods by their words, parted by commas, made anew for a seed. Raises UsageError for a word that is none."
-    plain = {"sds": sds, "csd": csd, "asd": asd, "nfsd": nfsd, "bridge": sds_bridge, "sdi": sdi, "ism": ism} | ({"exact-vsd": exact_vsd} if exact else {})
-    learnt = {"vsd": vsd, "esd": partial(esd, camera=torch.zeros(count, 16))}
+    known = (*METHODS, "exact-vsd") if exact else tuple(METHODS)
     names = [word.strip() for word in words.split(",") if word.strip()]
     for name in names:
-        if name not in plain | learnt: raise UsageError(f"no method {name!r}: give some of {','.join(plain | learnt)}")
-    options = {} if guidance is None else {"guidance": guidance}
+        if name not in known: raise UsageError(f"no method {name!r}: give some of {','.join(known)}")
+    own = DistillSettings(guidance=guidance, second_stage=0.0)  # no guidance: each method's; of bridge, what it is in the end
 
-    def estimator(seed: int) -> Estimator:
-        return PointEstimator(prior.schedule, len(prior.captions), seed=seed) if exact else LoRAEstimator(prior, seed=seed)
+    def make(name: str, seed: int) -> Method:
+        if name == "exact-vsd": return exact_vsd if guidance is None else partial(exact_vsd, guidance=guidance)
+        settings = TrainSettings(method=name, distill=own)
+        if name not in LEARNING: return method_of(settings)
+        estimator = PointEstimator(prior.schedule, len(prior.captions), seed=seed) if exact else LoRAEstimator(prior, seed=seed)
+        method = method_of(settings, estimator=estimator)
+        blind = partial(method, camera=torch.zeros(count, 16)) if name == "esd" else method  # a toy has no camera, but ESD asks for one
+        return Learning(blind, estimator, lr=3e-3 if exact else 1e-3, seed=seed)
 
-    def learning(method: Method, seed: int) -> Method:
-        own = estimator(seed)
-        return Learning(partial(method, estimator=own, **options), own, lr=3e-3 if exact else 1e-3, seed=seed)
-
-    return lambda seed: {name: learning(learnt[name], seed) if name in learnt else partial(plain[name], **options) for name in names}
+    return lambda seed: {name: make(name, seed) for name in names}
 
 # %% ../../nbs/14_commands/00_studies.ipynb #ae63a133
 @dataclass(frozen=True)

@@ -50,14 +50,18 @@ class ClipScorer:
         "One unit vector a picture; values outside [0, 1] are clamped."
         return torch.cat([self.model.encode_image(self.prepare(part), normalize=True).float() for part in rgb.split(self.chunk)])
 
-    @torch.no_grad()
-    def text_features(self, texts: list[str]) -> Float[Tensor, "n d"]:
-        "One unit vector a text. Raises `UsageError` for a text longer than the model's window."
+    def check(self, texts: list[str]) -> None:
+        "Raises `UsageError` for a text longer than the model's window. Reads the texts, asks no network."
         window = self.tokenizer.context_length
         tokens = self.tokenizer(["", *texts], context_length=4 * window)  # the empty text shows what padding looks like
         for text, rest in zip(texts, tokens[1:, window:]):
             if not torch.equal(rest, tokens[0, window:]):
                 raise UsageError(f"{self.name} reads at most {window} tokens, the text {text!r} has more: shorten it or choose another CLIP model")
+
+    @torch.no_grad()
+    def text_features(self, texts: list[str]) -> Float[Tensor, "n d"]:
+        "One unit vector a text. Raises `UsageError` for a text longer than the model's window."
+        self.check(texts)
         parts = [texts[i : i + self.chunk] for i in range(0, len(texts), self.chunk)]
         return torch.cat([self.model.encode_text(self.tokenizer(part).to(self.device), normalize=True).float() for part in parts])
 

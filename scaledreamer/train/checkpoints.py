@@ -6,7 +6,6 @@
 __all__ = ['optimizer_tensors', 'load_optimizer', 'save_checkpoint', 'checkpoint_steps', 'read_tensors', 'load_checkpoint']
 
 # %% ../../nbs/11_train/01_checkpoints.ipynb #4be7c321
-import errno
 import json
 import os
 import shutil
@@ -17,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from ..core.settings import RunError
+from ..core.settings import RunError, obstacle
 from ..distill.estimator import Estimator
 from ..distill.vsd import EstimatorTrainer
 
@@ -38,7 +37,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor])
 
 # %% ../../nbs/11_train/01_checkpoints.ipynb #83ed299c
 def save_checkpoint(folder: Path, step: int, generator: nn.Module, optimizer: torch.optim.Optimizer, estimator: EstimatorTrainer | None = None) -> Path:
-    "Write `folder/<step>`, whole or not at all. Raises RunError on a full disk; earlier checkpoints stay."
+    "Write `folder/<step>`, whole or not at all. Raises RunError where it cannot be; earlier checkpoints stay."
     final, partial = folder / f"{step:06d}", folder / f".{step:06d}"
     try:
         shutil.rmtree(partial, ignore_errors=True)
@@ -53,9 +52,8 @@ def save_checkpoint(folder: Path, step: int, generator: nn.Module, optimizer: to
         os.replace(partial, final)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
-        full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
-        raise RunError(f"checkpoint {final} could not be written ({'the disk is full' if full else error}): "
-                       "free some space and go on with --resume from the checkpoint before") from None
+        what, remedy = obstacle(error)
+        raise RunError(f"checkpoint {final} could not be written ({what}): {remedy} and go on with --resume from the checkpoint before") from None
     return final
 
 # %% ../../nbs/11_train/01_checkpoints.ipynb #33d02b57

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['step_generator', 'epoch_order', 'step_prompts', 'conditioning', 'with_own_texts', 'random_backgrounds', 'Run',
-           'build', 'distill', 'poses', 'fit_estimator', 'regularisers', 'training_step']
+           'longest', 'build', 'distill', 'poses', 'fit_estimator', 'regularisers', 'training_step']
 
 # %% ../../nbs/11_train/02_step.ipynb #0ef9ce45
 import math
@@ -105,14 +105,21 @@ class Run:
         return self.generator(self.prior.encode_text(texts).to(self.settings.device))
 
 
+def longest(prompts: list[str], texts: TextEmbedding, most: int = 64) -> list[str]:
+    "The prompts of most tokens, as their prior counts them (of most characters where it does not)."
+    sizes = torch.tensor([len(prompt) for prompt in prompts]) if texts.mask is None else texts.mask.sum(1)
+    return [prompts[i] for i in sizes.topk(min(most, len(prompts))).indices]
+
+
 def build(folder: Path, settings: TrainSettings, prompts: tuple[Prompt, ...]) -> Run:
     "A run at step 0. Raises UsageError for words that name no part, before any part is made, and for texts that the prior cannot read whole with their view."
     method_of(settings), check_generator_name(settings), settings.distill.law(), best_device(settings.device)
     prior = make_prior(settings, prompts)
     trained = [prompt.text for prompt in prompts if prompt.split == "train"]
-    front = orbit(1, prompts=len(trained))
-    with_own_texts(prior, conditioning(prior, trained, front, settings.distill), trained, front, settings)
     texts = prior.encode_text(trained)
+    long = longest(trained, texts)  # a view adds as many tokens to each
+    front = orbit(1, prompts=len(long))
+    with_own_texts(prior, conditioning(prior, long, front, settings.distill), long, front, settings)
     generator = make_generator(settings, texts.tokens.shape[-1])
     if hasattr(generator, "standardise"): generator.standardise(texts)
     return Run(folder, settings, prompts, prior, generator, estimator=make_estimator(settings, prior))
@@ -165,8 +172,8 @@ def training_step(run: Run, optimizer: torch.optim.Optimizer, texts: TextEmbeddi
     total = torch.stack(list(losses.values())).sum()
     optimizer.zero_grad(set_to_none=True)
     total.backward()
-    gradients = [p.grad.norm() for p in run.generator.parameters() if p.grad is not None]
-    if not all(math.isfinite(float(x.detach())) for x in (total, score.gradient.norm(), *gradients)):
+    moved = nn.utils.get_total_norm([p.grad for p in run.generator.parameters() if p.grad is not None])
+    if not all(math.isfinite(float(x.detach())) for x in (total, score.gradient.norm(), moved)):
         bad = [name for name, loss in losses.items() if not math.isfinite(float(loss.detach()))]
         raise RunError(f"step {run.step}: {', '.join(bad) or 'the gradient'} is not finite; the checkpoints are intact: start anew with a lower --optim.lr or --distill.guidance")
     learnt = fit_estimator(run, latents, prompts, cameras, rng)

@@ -84,17 +84,22 @@ def turntable_page(frames: Float[Tensor, "v 3 h w"], fps: int, title: str) -> st
 
 # %% ../../nbs/13_view/00_turntable.ipynb #2385052f
 def save_video(frames: Float[Tensor, "v 3 h w"], path: Path, fps: int) -> None:
-    "H.264 in MP4; an odd side loses its last row or column, which the format cannot hold."
+    "H.264 in MP4. The format holds even sides alone: an odd one loses its last row or column, one of a single pixel is doubled."
+    for side in (2, 3): frames = frames.repeat_interleave(2, side) if frames.shape[side] == 1 else frames
     pixels = to_pixels(frames[..., : frames.shape[2] // 2 * 2, : frames.shape[3] // 2 * 2])
     height, width = pixels.shape[1:3]
     try:
-        writer = imageio_ffmpeg.write_frames(str(path), (width, height), fps=fps, codec="libx264", quality=8, macro_block_size=1, ffmpeg_log_level="error")
+        writer = imageio_ffmpeg.write_frames(str(path), (width, height), fps=fps, codec="libx264", quality=8, macro_block_size=1, ffmpeg_log_level="quiet")
         writer.send(None)
         for image in pixels:
             writer.send(image.tobytes())
         writer.close()
     except (OSError, RuntimeError) as error:
         raise RunError(f"ffmpeg cannot write {path.name} ({str(error).splitlines()[0]}): write a .gif or .html instead") from error
+    try: written, _ = imageio_ffmpeg.count_frames_and_secs(str(path))
+    except RuntimeError: written = 0
+    if written != len(frames):  # closing tells nothing of how it ended
+        raise RunError(f"ffmpeg wrote {written} of {len(frames)} frames of {path.name}: free some space, or write a .gif or .html instead")
 
 
 def save_turntable(
@@ -110,6 +115,8 @@ def save_turntable(
         raise UsageError(f"save_turntable: {path.name} ends in {kind or 'no format'}; a turntable is written as .gif, .mp4 or .html")
     if not 1 <= fps <= 100:
         raise UsageError(f"save_turntable: fps is {fps}, want 1 to 100")
+    if not frames.numel():
+        raise UsageError(f"save_turntable: the frames are {list(frames.shape)}, want at least one frame of at least one pixel")
     if kind == ".html":
         return write_atomic(path, turntable_page(frames, fps, path.stem if title is None else title))
     with replacing(path) as temporary:

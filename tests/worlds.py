@@ -1,0 +1,51 @@
+"What several test files draw and ask of: seeded numbers, a mixture whose noise is known, its texts, three items of it."
+
+from dataclasses import fields
+
+import torch
+
+from scaledreamer.core.tensors import generator
+from scaledreamer.prior.base import Conditioning
+from scaledreamer.prior.mixture import MixturePrior
+
+DOUBLE = torch.float64
+SHAPE = (3, 4, 4)
+
+
+def draw(*shape, seed=0, dtype=DOUBLE):
+    return torch.randn(*shape, generator=generator(seed), dtype=dtype)
+
+
+def make(schedule=None, std=0.4, **sizes):
+    "A mixture of so many images for each caption."
+    sizes = sizes or {"a": 4, "b": 3, "c": 2}
+    return MixturePrior({c: draw(k, *SHAPE, seed=i) for i, (c, k) in enumerate(sizes.items())}, std, schedule=schedule)
+
+
+def say(prior, *texts):
+    return prior.encode_text(list(texts)).tokens
+
+
+X, NOISE, T = draw(3, *SHAPE, seed=10), draw(3, *SHAPE, seed=11), torch.tensor([60, 470, 930])
+
+
+def texts_of(prior, **texts):
+    "The texts of the three items."
+    return Conditioning(say(prior, "a", "b", "a"), say(prior, "", "", ""), **texts)
+
+
+def pushed_texts_of(prior, **texts):
+    "The same, and two texts to keep away from."
+    negatives = torch.stack([say(prior, "b", "c", "c"), say(prior, "c", "a", "b")], 1)
+    return texts_of(prior, negatives=negatives, negative_weights=-draw(3, 2, seed=12).abs(), **texts)
+
+
+def plane():
+    "A mixture in the plane."
+    return MixturePrior({"a": draw(5, 2), "b": draw(3, 2, seed=1)}, 0.3)
+
+
+def rows(text, index):
+    "The texts of some items, in any order."
+    parts = (getattr(text, field.name) for field in fields(text))
+    return Conditioning(*(None if part is None else part[index] for part in parts))
