@@ -343,7 +343,7 @@ def test_the_explorer_in_a_lab(lab, browser, tmp_path):
         focus_slider(page, 1)
         page.keyboard.press("ArrowRight")  # eta from .10 to .11
         wait_for_figure(page, f"d[4].x[2] === {t0} + Math.ceil(0.11 * ({t0} - 20))")
-        page.locator(".widget-dropdown select").nth(1).select_option("constant")
+        page.locator(".widget-dropdown select").nth(1).select_option("constant: η(last - t_min)")
         wait_for_figure(page, f"d[4].x[0] === {t0} + 107")
         before = page.evaluate("() => document.querySelector('.js-plotly-plot')._fullData[7].source")
         page.locator(".widget-select-multiple select").select_option("a green mug")

@@ -18,7 +18,7 @@ from scipy.optimize import isotonic_regression
 from torch import Tensor
 
 from ..core.figures import curves
-from ..core.settings import RunError, UsageError
+from ..core.settings import RunError, UsageError, check_part
 from ..core.tensors import generator
 from .error import ErrorCurve
 
@@ -101,19 +101,15 @@ Length = Callable[[Tensor], Tensor]  # t [k] -> a shift [k]
 ShiftRange = Callable[[Tensor], tuple[Tensor, Tensor]]  # t [k] -> its lowest and highest shift [k], within the schedule
 
 
-def _eta(eta: float) -> float:
-    if not 0 <= eta <= 1:
-        raise UsageError(f"eta is {eta}: expected a part of t - t_min from 0 to 1")
-    return eta
-
-
 def linear_length(eta: float = 0.1, t_min: int = 20) -> Length:
     "The paper's."
-    return lambda t, eta=_eta(eta): eta * (t - t_min)
+    check_part("eta", eta, "t - t_min")
+    return lambda t: eta * (t - t_min)
 
 
 def sqrt_length(eta: float = 0.1, t_min: int = 20, last: int = 999) -> Length:
-    return lambda t, eta=_eta(eta): eta * ((t - t_min).clamp(min=0) * (last - t_min)).sqrt()
+    check_part("eta", eta, "the window")
+    return lambda t: eta * ((t - t_min).clamp(min=0) * (last - t_min)).sqrt()
 
 
 def constant_length(dt: float, last: int = 999) -> Length:
