@@ -13,7 +13,6 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,6 +20,7 @@ import pytest
 import torch
 
 from scaledreamer.core.settings import RunError, UsageError
+from scaledreamer.curve.error import ErrorCurve
 from scaledreamer.distill.timesteps import deterministic_shift, random_shift
 from scaledreamer.view import curve_explorer, explore, frames, stepper
 
@@ -31,31 +31,13 @@ HARMLESS = ("undefined",)  # errors in the page that are none: plotly rejects, w
 # in the kernel ---------------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, eq=False)
-class Curve:
-    timesteps: torch.Tensor
-    errors: torch.Tensor
-    label: str
-    texts: tuple
-
-    @property
-    def mean(self):
-        return self.errors.mean(0)
-
-    def band(self, level=0.95):
-        if len(self.errors) < 2:
-            raise UsageError("a band of 1 image")
-        half = self.errors.std(0)
-        return self.mean - half, self.mean + half
-
-
 T = torch.arange(20, 1000, 10)
 TEXTS = ("a", "a", "b")
 
 
-def falling(scale: float) -> Curve:
+def falling(scale: float) -> ErrorCurve:
     "Errors that halve every 100 timesteps; those of b are three times those of a."
-    return Curve(T, scale * torch.tensor([[1.0], [1.2], [3.3]]) * 2 ** (-T / 100), "x", TEXTS)
+    return ErrorCurve(T, scale * torch.tensor([[1.0], [1.2], [3.3]]) * 2 ** (-T / 100), "x", TEXTS)
 
 
 @pytest.fixture
@@ -98,7 +80,7 @@ def test_what_is_drawn_is_what_training_draws(pair):
 
 def test_a_drag_is_answered_in_the_kernel(pair):
     "At most 100 ms for curves of 240 images at 100 timesteps; the median, for the machine may be busy."
-    many = Curve(torch.arange(0, 1000, 10), torch.rand(240, 100), "x", ("a",) * 240)
+    many = ErrorCurve(torch.arange(0, 1000, 10), torch.rand(240, 100), "x", ("a",) * 240)
     explorer = curve_explorer.CurveExplorer({"p": explore.Pair(many, many, pair.x0)})
     took = []
     for t0 in range(300, 320):
@@ -110,7 +92,7 @@ def test_a_drag_is_answered_in_the_kernel(pair):
 
 
 def test_another_prior_with_other_texts_and_times(pair):
-    late = Curve(torch.arange(400, 800, 50), torch.rand(2, 8), "x", ("c", "d"))
+    late = ErrorCurve(torch.arange(400, 800, 50), torch.rand(2, 8), "x", ("c", "d"))
     explorer = curve_explorer.CurveExplorer({"one": pair, "two": explore.Pair(late, late, pair.x0)})
     explorer.prompts.value, explorer.t0.value = ("b",), 30
     explorer.prior.value = "two"
