@@ -14,7 +14,6 @@ import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -22,6 +21,7 @@ import torch
 from scaledreamer.core.settings import RunError, UsageError
 from scaledreamer.curve.error import ErrorCurve
 from scaledreamer.distill.timesteps import deterministic_shift, random_shift
+from scaledreamer.toy.lockstep import Frame
 from scaledreamer.view import curve_explorer, explore, frames, stepper
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -115,7 +115,7 @@ class Cloud:
             raise RunError("no further")
         points, gradients = ({name: torch.randn(2000, 2) for name in self.methods} for _ in range(2))
         norms = {name: float(g.norm(dim=1).mean()) for name, g in gradients.items()}
-        self.frames.append(SimpleNamespace(step=len(self.frames), t=torch.tensor([500]), points=points, gradients=gradients, norms=norms))
+        self.frames.append(Frame(len(self.frames), torch.full((2000,), 500), points, gradients, norms))
 
 
 def far(x):
