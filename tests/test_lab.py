@@ -155,7 +155,7 @@ def test_a_second_play_does_not_wait_for_the_first():
     assert view.index == before and not view.play.value
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS.values(), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", [*NOTEBOOKS.values(), ROOT / "nbs/90_experiments/08_explorer.ipynb"], ids=lambda path: path.stem)
 def test_no_widget_is_committed(path):
     "Its model is gone when the file is opened, and then it is an error in the reader's face; a state is megabytes."
     notebook = json.loads(path.read_text(encoding="utf-8"))

@@ -70,19 +70,18 @@ def _nearest(times: Int[Tensor, " k"], table: Mapping[str, Float[Tensor, "k 3 h 
 @torch.no_grad()
 def x0_table(
     prior: Prior,
-    images: Mapping[str, Float[Tensor, "3 h w"]],  # in [0, 1], by text
+    latents: Mapping[str, Float[Tensor, "..."]],  # of one image, by text
     timesteps: Int[Tensor, " k"],
     seed: int = 0,
     batch: int = 16,  # timesteps asked for at once
 ) -> Callable[[str, int], Float[Tensor, "3 h w"]]:  # as `Pair.x0`, at the nearest of the timesteps
     "What the prior makes of each image, computed now."
     rng, table = generator(seed), {}
-    for text, image in images.items():
-        latents = prior.encode_image(image[None])
-        noise = torch.randn(latents.shape, generator=rng).to(latents)
+    for text, x in latents.items():
+        noise = torch.randn(x.shape, generator=rng).to(x)
         made = []
         for t in timesteps.split(batch):
-            x_t = prior.schedule.add_noise(latents.expand(len(t), *latents.shape[1:]), noise, t)
+            x_t = prior.schedule.add_noise(x.expand(len(t), *x.shape), noise[None], t)
             eps = prior.predict_noise(x_t, t, prior.encode_text([text] * len(t)).tokens)
             made.append(prior.decode(prior.schedule.x0_from_eps(x_t, eps, t)))
         table[text] = torch.cat(made)
