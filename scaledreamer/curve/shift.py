@@ -45,11 +45,7 @@ def eq3_table(curve: ErrorCurve, ts: Sequence[float], dts: Sequence[float]) -> F
     return (later <= now[..., None]).double().mean(0)
 
 # %% ../../nbs/03_curve/03_shift.ipynb #8fdedd22
-def crossing(
-    t: Int[np.ndarray, " k"],  # rising
-    errors: Float[np.ndarray, " k"],
-    level: Float[np.ndarray, "..."] | float,
-) -> Float[np.ndarray, "..."]:
+def crossing(t: Int[np.ndarray, " k"], errors: Float[np.ndarray, " k"], level: Float[np.ndarray, "..."] | float) -> Float[np.ndarray, "..."]:
     "The time at which the errors, made monotone, fall to each level; -inf where they begin below it, inf where they end above it."
     falling = isotonic_regression(errors, increasing=False).x
     right = np.searchsorted(-falling, -np.asarray(level))  # the first t with no larger error
