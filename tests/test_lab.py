@@ -13,15 +13,15 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 
 from scaledreamer.core.settings import RunError, UsageError
+from scaledreamer.curve.error import ErrorCurve
 from scaledreamer.distill.timesteps import deterministic_shift, random_shift
+from scaledreamer.toy.lockstep import Frame
 from scaledreamer.view import curve_explorer, explore, frames, stepper
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -31,31 +31,13 @@ HARMLESS = ("undefined",)  # errors in the page that are none: plotly rejects, w
 # in the kernel ---------------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, eq=False)
-class Curve:
-    timesteps: torch.Tensor
-    errors: torch.Tensor
-    label: str
-    texts: tuple
-
-    @property
-    def mean(self):
-        return self.errors.mean(0)
-
-    def band(self, level=0.95):
-        if len(self.errors) < 2:
-            raise UsageError("a band of 1 image")
-        half = self.errors.std(0)
-        return self.mean - half, self.mean + half
-
-
 T = torch.arange(20, 1000, 10)
 TEXTS = ("a", "a", "b")
 
 
-def falling(scale: float) -> Curve:
+def falling(scale: float) -> ErrorCurve:
     "Errors that halve every 100 timesteps; those of b are three times those of a."
-    return Curve(T, scale * torch.tensor([[1.0], [1.2], [3.3]]) * 2 ** (-T / 100), "x", TEXTS)
+    return ErrorCurve(T, scale * torch.tensor([[1.0], [1.2], [3.3]]) * 2 ** (-T / 100), "x", TEXTS)
 
 
 @pytest.fixture
@@ -98,7 +80,7 @@ def test_what_is_drawn_is_what_training_draws(pair):
 
 def test_a_drag_is_answered_in_the_kernel(pair):
     "At most 100 ms for curves of 240 images at 100 timesteps; the median, for the machine may be busy."
-    many = Curve(torch.arange(0, 1000, 10), torch.rand(240, 100), "x", ("a",) * 240)
+    many = ErrorCurve(torch.arange(0, 1000, 10), torch.rand(240, 100), "x", ("a",) * 240)
     explorer = curve_explorer.CurveExplorer({"p": explore.Pair(many, many, pair.x0)})
     took = []
     for t0 in range(300, 320):
@@ -110,7 +92,7 @@ def test_a_drag_is_answered_in_the_kernel(pair):
 
 
 def test_another_prior_with_other_texts_and_times(pair):
-    late = Curve(torch.arange(400, 800, 50), torch.rand(2, 8), "x", ("c", "d"))
+    late = ErrorCurve(torch.arange(400, 800, 50), torch.rand(2, 8), "x", ("c", "d"))
     explorer = curve_explorer.CurveExplorer({"one": pair, "two": explore.Pair(late, late, pair.x0)})
     explorer.prompts.value, explorer.t0.value = ("b",), 30
     explorer.prior.value = "two"
@@ -133,7 +115,7 @@ class Cloud:
             raise RunError("no further")
         points, gradients = ({name: torch.randn(2000, 2) for name in self.methods} for _ in range(2))
         norms = {name: float(g.norm(dim=1).mean()) for name, g in gradients.items()}
-        self.frames.append(SimpleNamespace(step=len(self.frames), t=torch.tensor([500]), points=points, gradients=gradients, norms=norms))
+        self.frames.append(Frame(len(self.frames), torch.full((2000,), 500), points, gradients, norms))
 
 
 def far(x):
@@ -173,7 +155,7 @@ def test_a_second_play_does_not_wait_for_the_first():
     assert view.index == before and not view.play.value
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS.values(), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", [*NOTEBOOKS.values(), ROOT / "nbs/90_experiments/08_explorer.ipynb"], ids=lambda path: path.stem)
 def test_no_widget_is_committed(path):
     "Its model is gone when the file is opened, and then it is an error in the reader's face; a state is megabytes."
     notebook = json.loads(path.read_text(encoding="utf-8"))
@@ -343,7 +325,7 @@ def test_the_explorer_in_a_lab(lab, browser, tmp_path):
         focus_slider(page, 1)
         page.keyboard.press("ArrowRight")  # eta from .10 to .11
         wait_for_figure(page, f"d[4].x[2] === {t0} + Math.ceil(0.11 * ({t0} - 20))")
-        page.locator(".widget-dropdown select").nth(1).select_option("constant")
+        page.locator(".widget-dropdown select").nth(1).select_option("constant: η(last - t_min)")
         wait_for_figure(page, f"d[4].x[0] === {t0} + 107")
         before = page.evaluate("() => document.querySelector('.js-plotly-plot')._fullData[7].source")
         page.locator(".widget-select-multiple select").select_option("a green mug")

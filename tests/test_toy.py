@@ -15,13 +15,13 @@ from scaledreamer.core.tensors import generator
 from scaledreamer.distill.estimator import Estimator
 from scaledreamer.distill.later_methods import ism, nfsd, sdi, sds_bridge
 from scaledreamer.distill.methods import Method, asd, csd, sds
-from scaledreamer.distill.timesteps import deterministic_shift, no_shift, random_shift
+from scaledreamer.distill.timesteps import constant_shift, deterministic_shift, no_shift, random_shift
 from scaledreamer.distill.vsd import esd, vsd
 from scaledreamer.prior.mixture import MixturePrior
 from scaledreamer.prior.schedule import scaled_linear
 from scaledreamer.toy.amortised import ImageMaker, PointMaker
 from scaledreamer.toy.estimator import Learning, PointEstimator
-from scaledreamer.toy.images import constant_shift, image_settings, image_start, shift_strategies
+from scaledreamer.toy.images import image_settings, image_start, shift_strategies
 from scaledreamer.toy.lockstep import Free, Lockstep, ToySettings, make_optimizer, move
 from scaledreamer.toy.measures import covered, energy_distance, gradient_norms, misfit, owners, shares, source_error, spread
 from scaledreamer.toy.points import Modes, exact_vsd, modes_of, moons, ring, true_source, uneven

@@ -8,7 +8,7 @@ __all__ = ['Predict', 'CurveFile', 'ErrorCurve', 'check_timesteps', 'noise_error
 # %% ../../nbs/03_curve/00_error.ipynb #9cc1aefa
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Self
 
@@ -59,6 +59,13 @@ class ErrorCurve:
             raise UsageError(f"a band of {n} images at level {level}: expected at least 2 images and a level between 0 and 1")
         half = self.errors.std(0) * (float(student_t.ppf((1 + level) / 2, n - 1)) / math.sqrt(n))
         return (self.mean - half).clamp(min=0), self.mean + half
+
+    def of(self, texts: Sequence[str]) -> Self:
+        "The images of some texts. Raises `UsageError` for a text without images."
+        if unknown := [text for text in texts if text not in self.texts]:
+            raise UsageError(f"no image shows {unknown[0]!r}; there are {', '.join(map(repr, dict.fromkeys(self.texts)))}")
+        rows = [i for i, text in enumerate(self.texts) if text in texts]
+        return replace(self, errors=self.errors[rows], texts=tuple(self.texts[i] for i in rows))
 
     def save(self, path: str | Path) -> None:
         low, high = (tuple(edge.tolist()) for edge in self.band()) if len(self.errors) > 1 else (None, None)

@@ -4,18 +4,18 @@
 
 # %% auto #0
 __all__ = ['ShiftLaw', 'PiecewiseSchedule', 'LinearSchedule', 'TimestepWindow', 'annealed_window', 'fixed_window',
-           'sample_timesteps', 'shifted', 'random_shift', 'deterministic_shift', 'no_shift']
+           'sample_timesteps', 'shifted', 'shift_by', 'random_shift', 'deterministic_shift', 'sqrt_shift',
+           'constant_shift', 'no_shift']
 
 # %% ../../nbs/04_distill/01_timesteps.ipynb #95f5af65
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ..core.settings import UsageError
+from ..core.settings import UsageError, check_part
 
 # %% ../../nbs/04_distill/01_timesteps.ipynb #de2fb8c0
 @dataclass(frozen=True)
@@ -103,6 +103,11 @@ def sample_timesteps(
 ShiftLaw = Callable[[Tensor, int, int, torch.Generator], Tensor]  # (t [b], t_min, last timestep, generator) -> shifted t [b]
 
 
+def _ahead(t: Tensor, dt: Tensor, last: int, u: Tensor | float = 1.0) -> Tensor:
+    room = torch.minimum(dt.float(), (last - t).float()).clamp(min=0)
+    return (t + (u * room).long()).clamp(1, last)
+
+
 def shifted(
     t: Int[Tensor, " b"],
     t_min: int,  # lower end of the window
@@ -111,32 +116,38 @@ def shifted(
     u: Float[Tensor, " b"] | float = 1.0,  # place in the range, in [0, 1]
 ) -> Int[Tensor, " b"]:
     "t + u eta (t - t_min), cut to an integer, between 1 and `last`."
-    room = torch.minimum((eta * (t - t_min).float()).clamp(min=0), (last - t).float())
-    return (t + (u * room).long()).clamp(1, last)
+    return _ahead(t, eta * (t - t_min).float(), last, u)
 
 
-def _random(eta: float, t: Tensor, t_min: int, last: int, generator: torch.Generator) -> Tensor:
-    return shifted(t, t_min, last, eta, torch.rand(t.shape, generator=generator, device=generator.device).to(t.device))
+def shift_by(
+    dt: Callable[[Tensor, int, int], Tensor],  # (t [b], t_min, last timestep) -> dt [b]
+) -> ShiftLaw:
+    "The law that always shifts by `dt`, cut to an integer, never below t or 1, never beyond the last timestep."
+    return lambda t, t_min, last, generator: _ahead(t, dt(t, t_min, last), last)
 
-
-def _deterministic(eta: float, t: Tensor, t_min: int, last: int, generator: torch.Generator) -> Tensor:
-    return shifted(t, t_min, last, eta)
-
-
-def _eta(eta: float) -> float:
-    if not 0 <= eta <= 1:
-        raise UsageError(f"eta is {eta}: expected a part of t - t_min from 0 to 1")
-    return eta
-
-
+# %% ../../nbs/04_distill/01_timesteps.ipynb #660f5d3f
 def random_shift(eta: float = 0.1) -> ShiftLaw:
-    "dt uniform in [0, eta (t - t_min)], one draw an item: the paper's law, with its eta."
-    return partial(_random, _eta(eta))
+    "dt uniform in [0, eta (t - t_min)], one draw an item: the paper's law, with its eta. Raises `UsageError` for eta outside 0 to 1."
+    check_part("eta", eta, "t - t_min")
+    return lambda t, t_min, last, generator: shifted(t, t_min, last, eta, torch.rand(t.shape, generator=generator, device=generator.device).to(t.device))
 
 
 def deterministic_shift(eta: float = 0.1) -> ShiftLaw:
-    "dt = eta (t - t_min)."
-    return partial(_deterministic, _eta(eta))
+    "dt = eta (t - t_min), the end of that range. Raises `UsageError` for eta outside 0 to 1."
+    check_part("eta", eta, "t - t_min")
+    return shift_by(lambda t, t_min, last: eta * (t - t_min).float())
+
+
+def sqrt_shift(eta: float = 0.1) -> ShiftLaw:
+    "dt = eta sqrt((t - t_min) (last - t_min)), from 0 at t_min to eta (last - t_min). Raises `UsageError` for eta outside 0 to 1."
+    check_part("eta", eta, "the window")
+    return shift_by(lambda t, t_min, last: eta * ((t - t_min).clamp(min=0).float() * (last - t_min)).sqrt())
+
+
+def constant_shift(dt: int = 50) -> ShiftLaw:
+    "The same dt at every t, in timesteps. Raises `UsageError` for dt below 0."
+    if dt < 0: raise UsageError(f"dt is {dt}: expected 0 or more timesteps towards noise")
+    return shift_by(lambda t, t_min, last: torch.full_like(t, dt))
 
 
 def no_shift(t: Int[Tensor, " b"], t_min: int, last: int, generator: torch.Generator) -> Int[Tensor, " b"]:
