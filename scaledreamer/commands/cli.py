@@ -183,7 +183,7 @@ def main(argv: list[str] | None = None) -> int:
         print(parse(sys.argv[1:] if argv is None else argv).run())
         return 0
     except KeyboardInterrupt as stop:
-        print(f"\nscaledreamer: {stop or 'stopped'}", file=sys.stderr)
+        print(f"\nscaledreamer: {str(stop) or 'stopped'}", file=sys.stderr)
         return 130
     except (UsageError, RunError) as error:
         print(f"scaledreamer: {error}", file=sys.stderr)

@@ -40,8 +40,9 @@ Methods = Callable[[int], Mapping[str, Method]]  # of a seed
 Series = dict[str, dict[str, list[list[float | None]]]]  # method, figure, [seed][step]
 
 
-def run_seeds(make: Callable[[int], Lockstep], look: Callable[[Lockstep, Asked, str], dict[str, float | None]], seeds: Sequence[int], every: int, show: bool) -> tuple[list[int], Series, dict[int, Lockstep]]:
-    "Run a lock-step for each seed and look at it at every `every`-th step and the last."
+def run_seeds(make: Callable[[int], Lockstep], look: Callable[[Lockstep, Asked, str], dict[str, float | None]], seeds: Sequence[int], every: int, show: bool,
+              on_seed: Callable[[Sequence[int], list[int], Series, dict[int, Lockstep]], None] | None = None) -> tuple[list[int], Series, dict[int, Lockstep]]:
+    "Run a lock-step for each seed and look at it at every `every`-th step and the last; `on_seed` gets what there is after each."
     if not seeds: raise UsageError("there are 0 seeds: give at least one")
     series, runs, steps = {}, {}, []
     for seed in tqdm(seeds, desc="seeds", disable=not show):
@@ -54,6 +55,7 @@ def run_seeds(make: Callable[[int], Lockstep], look: Callable[[Lockstep, Asked, 
             for name in looks: looks[name].append(look(lockstep, asked, name))
         for name, found in looks.items():
             for figure in found[0]: series.setdefault(name, {}).setdefault(figure, []).append([row[figure] for row in found])
+        if on_seed: on_seed([*runs], steps, series, runs)
     return steps, series, runs
 
 
@@ -61,7 +63,7 @@ def study_of(toy: str, settings: ToySettings, seeds: Sequence[int], steps: list[
     "The plain dict; `end` is the last value of each series."
     ends = {name: {figure: [row[-1] for row in rows] for figure, rows in figures.items()} for name, figures in series.items()}
     shown = {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(settings).items()}
-    methods = {name: {"series": series[name], "end": ends[name]} for name in series}
+    methods = {name: {"series": {figure: [*rows] for figure, rows in series[name].items()}, "end": ends[name]} for name in series}
     return {"toy": toy, "settings": shown, "seeds": list(seeds), "steps": steps, "machine": machine(), **more, "methods": methods}
 
 
@@ -71,8 +73,8 @@ def save_study(study: dict[str, Any], path: str | Path) -> None:
 
 # %% ../../nbs/05_toy/06_study.ipynb #39082062
 def run_points(methods: Methods, seeds: Sequence[int], prior: MixturePrior | None = None, text: str = "ring", count: int = 1000, settings: ToySettings = ToySettings(),
-               every: int = 100, laws: Mapping[str, ShiftLaw] | None = None, show: bool = True) -> dict[str, Any]:
-    "Particles of each method and seed, from standard normals, under exact scores; `prior` is the ring."
+               every: int = 100, laws: Mapping[str, ShiftLaw] | None = None, show: bool = True, keep: Callable[[dict[str, Any]], None] = lambda study: None) -> dict[str, Any]:
+    "Particles of each method and seed, from standard normals, under exact scores; `prior` is the ring. `keep` gets the study after each seed."
     prior = prior or ring()
     target = modes_of(prior, text)
     fresh = target.sample(2000, generator(2**31))
@@ -87,10 +89,12 @@ def run_points(methods: Methods, seeds: Sequence[int], prior: MixturePrior | Non
     def look(lockstep: Lockstep, asked: Asked, name: str) -> dict[str, float | None]:
         return measured(asked.points[name]) | {"source error": source_error(asked, name, prior)} | gradient_norms(asked.scores[name])
 
-    steps, series, runs = run_seeds(make, look, seeds, every, show)
-    best = [measured(target.sample(count, generator(2**31 + 1 + seed))) for seed in seeds]
-    final = {name: x[:300].round(decimals=3).tolist() for name, x in runs[seeds[0]].points.items()}
-    return study_of("points", settings, seeds, steps, series, text=text, count=count, points=final, data=fresh[:300].round(decimals=3).tolist(), fresh={figure: [row[figure] for row in best] for figure in best[0]})
+    def study(done: Sequence[int], steps: list[int], series: Series, runs: dict[int, Lockstep]) -> dict[str, Any]:
+        best = [measured(target.sample(count, generator(2**31 + 1 + seed))) for seed in done]
+        final = {name: x[:300].round(decimals=3).tolist() for name, x in runs[done[0]].points.items()}
+        return study_of("points", settings, done, steps, series, text=text, count=count, points=final, data=fresh[:300].round(decimals=3).tolist(), fresh={figure: [row[figure] for row in best] for figure in best[0]})
+
+    return study(seeds, *run_seeds(make, look, seeds, every, show, lambda *found: keep(study(*found))))
 
 # %% ../../nbs/05_toy/06_study.ipynb #0ba9d620
 def band(rows: list[list[float | None]]) -> tuple[np.ndarray, np.ndarray]:
@@ -137,8 +141,8 @@ def draw_end(study: dict[str, Any]) -> Figure:
 
 # %% ../../nbs/05_toy/06_study.ipynb #31b201c0
 def run_images(methods: Methods, seeds: Sequence[int], prior: Prior, text: str, count: int = 4, settings: ToySettings | None = None,
-               every: int = 20, laws: Mapping[str, ShiftLaw] | None = None, show: bool = True) -> dict[str, Any]:
-    "`count` images of each method and seed, from standard normal latents."
+               every: int = 20, laws: Mapping[str, ShiftLaw] | None = None, show: bool = True, keep: Callable[[dict[str, Any]], None] = lambda study: None) -> dict[str, Any]:
+    "`count` images of each method and seed, from standard normal latents. `keep` gets the study after each seed."
     settings = settings or image_settings()
 
     def make(seed: int) -> Lockstep:
@@ -149,9 +153,11 @@ def run_images(methods: Methods, seeds: Sequence[int], prior: Prior, text: str, 
         change = misfit(prior, asked.points[name], lockstep.text.positive, rng)
         return gradient_norms(asked.scores[name]) | {"misfit": float(change.mean()), "source error": source_error(asked, name, prior)}
 
-    steps, series, runs = run_seeds(make, look, seeds, every, show)
-    images = {}
-    for name, x in runs[seeds[0]].points.items():
-        with torch.no_grad(): image_grid(prior.decode(x), columns=2).save(file := io.BytesIO(), "PNG")
-        images[name] = base64.b64encode(file.getvalue()).decode()
-    return study_of("images", settings, seeds, steps, series, text=text, count=count, images=images)
+    def study(done: Sequence[int], steps: list[int], series: Series, runs: dict[int, Lockstep]) -> dict[str, Any]:
+        images = {}
+        for name, x in runs[done[0]].points.items():
+            with torch.no_grad(): image_grid(prior.decode(x), columns=2).save(file := io.BytesIO(), "PNG")
+            images[name] = base64.b64encode(file.getvalue()).decode()
+        return study_of("images", settings, done, steps, series, text=text, count=count, images=images)
+
+    return study(seeds, *run_seeds(make, look, seeds, every, show, lambda *found: keep(study(*found))))
