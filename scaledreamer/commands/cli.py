@@ -149,7 +149,8 @@ def sentence(box: str) -> str:
     lines = [line.strip("│╭╰╮╯|+ ") for line in box.splitlines() if set(line) - set("│╭╰╮╯|+-─ ")]
     ends = [i for i, line in enumerate(lines) if line.startswith(("For full helptext", "Argument helptext", "Available subcommands"))]
     kept = [line for line in lines[1 : ends[0] if ends else None] if line]
-    return re.sub(r"^Error parsing \S*__tyro-dummy-inner__\.?(\S*?):? ", r"\1: ", " ".join(kept or lines)).strip() + "; see --help"
+    said = re.sub(r"^Error parsing \S*__tyro-dummy-inner__\.?(\S*?):? ", r"\1: ", " ".join(kept or lines))
+    return re.sub(r"^Error parsing \w+: ", "", said).strip() + "; see --help"
 
 
 def named(name: str, command: type | Train) -> object:
