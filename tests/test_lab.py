@@ -174,10 +174,12 @@ SETTINGS = {
 WATCH = """
 () => {
   const label = () => document.querySelector('.jp-OutputArea-output .widget-html-content').textContent;
+  let drawn = 0;
+  document.querySelector('.jp-OutputArea-output .js-plotly-plot').on('plotly_afterplot', () => { drawn += 1 });
   window.answered = [];
   document.addEventListener('keydown', () => {
-    const start = performance.now(), before = label();
-    const wait = () => label() === before ? requestAnimationFrame(wait) : window.answered.push(performance.now() - start);
+    const start = performance.now(), before = label(), was = drawn;
+    const wait = () => label() === before || drawn === was ? requestAnimationFrame(wait) : window.answered.push(performance.now() - start);
     requestAnimationFrame(wait);
   }, true);
 }
@@ -280,8 +282,8 @@ def focus_slider(page, which: int) -> None:
     handle.focus()
 
 
-def answer(page, keys: list[str], most: float = 300.0, rounds: int = 10) -> None:
-    """The median time from the press of a key to the frame in which the label has changed is at most so many milliseconds. A machine that does
+def answer(page, keys: list[str], most: float = 300.0, rounds: int = 10) -> int:
+    """How many rounds of keys it took: the median time from the press of a key to the frame in which the label has changed and the figure is drawn anew is at most so many milliseconds. A machine that does
     something else at the same time may need another round of all keys."""
     page.evaluate(WATCH)
     medians = []
@@ -296,6 +298,7 @@ def answer(page, keys: list[str], most: float = 300.0, rounds: int = 10) -> None
             break
     print(f"a key is answered in {', '.join(f'{median:.0f}' for median in medians)} ms")
     assert medians[-1] <= most, medians
+    return len(medians)
 
 
 def label(page) -> str:
@@ -318,9 +321,8 @@ def test_the_explorer_in_a_lab(lab, browser, tmp_path):
         assert label(page).startswith("t0 = 440:")
         wait_for_figure(page, "d[5].x[0] === 440")
         focus_slider(page, 0)
-        answer(page, ["ArrowRight"] * 11 + ["ArrowLeft"] * 9)
-        t0 = int(label(page).split()[2].strip(":"))
-        assert t0 in (442, 444, 446)
+        t0 = 440 + 2 * answer(page, ["ArrowRight"] * 11 + ["ArrowLeft"] * 9)
+        assert label(page).startswith(f"t0 = {t0}:")
         wait_for_figure(page, f"d[5].x[0] === {t0}")  # what the label says, the figure shows
         focus_slider(page, 1)
         page.keyboard.press("ArrowRight")  # eta from .10 to .11
