@@ -18,11 +18,11 @@ from typing import Any, Literal
 import torch
 import tyro
 from matplotlib.figure import Figure
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 
 from ..core.figures import curves
-from ..core.settings import UsageError, obstacle, replacing
+from ..core.settings import RunError, UsageError, obstacle, replacing
 from ..core.tensors import best_device
 from ..curve.error import ErrorCurve
 from ..curve.images import CurveProtocol, PriorSamples, ToyboxRenders
@@ -65,13 +65,14 @@ def save_figure(figure: Figure, path: Path) -> None:
     with replacing(path) as temporary: figure.savefig(temporary, dpi=100, bbox_inches="tight")
 
 # %% ../../nbs/14_commands/00_studies.ipynb #9ff8a59c
-def distilled(prior: Prior, texts: tuple[str, ...], steps: int, seed: int, kept: Path, device: str = "cpu") -> tuple[ImageBatch, LoRAEstimator]:
-    "An image of each text from noise by VSD, and its estimator; from the file `kept` where there is one. Raises UsageError for a file of others."
-    estimator, of = LoRAEstimator(prior, seed=seed), json.dumps([texts, steps, seed])
+def distilled(prior: Prior, texts: tuple[str, ...], steps: int, seed: int, kept: Path, named: str, device: str = "cpu") -> tuple[ImageBatch, LoRAEstimator]:
+    "An image of each text from noise by VSD, and its estimator; from the file `kept` where there is one. Raises UsageError for a file of others, RunError for one that is damaged."
+    estimator, of = LoRAEstimator(prior, seed=seed), json.dumps([named, texts, steps, seed])
     if kept.exists():
-        with safe_open(kept, "pt") as file: was = (file.metadata() or {}).get("of")
-        if was != of: raise UsageError(f"{kept} holds images of other texts, steps or seed: delete it, or give another --out")
-        tensors = load_file(kept, device=device)
+        try:
+            with safe_open(kept, "pt", device) as file: was, tensors = (file.metadata() or {}).get("of"), {name: file.get_tensor(name) for name in file.keys()}
+        except (OSError, SafetensorError) as error: raise RunError(f"{kept} cannot be read ({str(error).splitlines()[0]}): delete it, or give another --out") from None
+        if was != of: raise UsageError(f"{kept} holds images of another prior, of other texts, steps or seed: delete it, or give another --out")
         latents = tensors.pop("latents")
         estimator.load_state_dict(tensors)
         return ImageBatch(latents, texts, latents=True), estimator
@@ -123,7 +124,7 @@ class Curve:
         if self.images == "renders": source = ToyboxRenders(texts, self.each, prior.image_size, self.seed)
         elif self.images == "samples": source = PriorSamples(prior, texts * self.each, seed=self.seed, device=self.device)
         else:
-            source, estimator = distilled(prior, texts * self.each, self.steps, self.seed, path.with_suffix(".vsd.safetensors"), self.device)
+            source, estimator = distilled(prior, texts * self.each, self.steps, self.seed, path.with_suffix(".vsd.safetensors"), self.prior, self.device)
             found["fine-tuned"] = measured(path.with_suffix(".finetuned.json"), prior, source, t, label=f"fine-tuned {label}", predict=estimator.predict_noise, **how)
         found[self.images] = measured(path, prior, source, t, label=label, **how)
         bands = {name: curve.band() for name, curve in found.items() if len(curve.errors) > 1}
