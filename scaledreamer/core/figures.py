@@ -103,7 +103,7 @@ def curves(
     log: str = "",  # axes that are logarithmic: "", "x", "y" or "xy"
     size: tuple[float, float] = (5.0, 2.8),  # inches
 ) -> Figure:
-    "One line for each entry of `series`. Raises `UsageError` where the lengths differ or a band has no line."
+    "One line for each entry of `series`; the names of three or more stand beside them. Raises `UsageError` where the lengths differ or a band has no line."
     x = np.asarray(torch.as_tensor(x).detach().cpu())
     lines = {name: np.asarray(torch.as_tensor(y).detach().cpu()) for name, y in series.items()}
     for name, y in lines.items():
@@ -121,6 +121,6 @@ def curves(
                 axis.fill_between(x, low, high, color=look["color"], alpha=0.18, linewidth=0)
         axis.set(xlabel=xlabel, ylabel=ylabel, title=title, **{f"{a}scale": "log" for a in log})
         if len(lines) > 1:
-            axis.legend()
+            axis.legend(**({"loc": "center left", "bbox_to_anchor": (1, 0.5)} if len(lines) > 2 else {}))
         plt.close(figure)
     return figure
