@@ -65,13 +65,14 @@ class Components:
 
     def logits(self, x: Float[Tensor, "b d"], a: Float[Tensor, "b 1"], v: Float[Tensor, "b 1"], rows: slice | Tensor, log_w: Float[Tensor, " k"]) -> Float[Tensor, "b k"]:
         "log(w_i N(x; a m_i, v I)) up to a term common to all `rows`, plus `log_w`; x is measured from a times the centre."
-        return torch.addmm(log_w + self.log_weights[rows], x * (a / v), self.table[rows].T).addcmul_(a.square() / v, self.half_norms[rows], value=-1)
+        bias, half_norms = (log_w + self.log_weights[rows])[:, None], self.half_norms[rows][:, None]
+        return torch.addmm(bias, self.table[rows], (x * (a / v)).T).addcmul_(half_norms, (a.square() / v).T, value=-1).T  # a row a component lies in memory
 
     def denoise(self, x: Float[Tensor, "b d"], a: Float[Tensor, "b 1"], v: Float[Tensor, "b 1"], rows: slice | Tensor,
                 log_w: Float[Tensor, " k"]) -> tuple[Float[Tensor, "b d"], Float[Tensor, "b k"]]:
         "The mean that explains `x` best, from the centre, and the log of each row's mass; `log_w`: of the captions of `rows`."
         logits = self.logits(x, a, v, rows, log_w)
-        return logits.softmax(1) @ self.table[rows], logits
+        return logits.T.softmax(0).T @ self.table[rows], logits  # softmax(1), where it lies
 
 # %% ../../nbs/02_prior/02_mixture.ipynb #f7524b96
 def caption_row(

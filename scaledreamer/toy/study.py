@@ -32,7 +32,7 @@ from ..prior.base import Prior
 from ..prior.mixture import MixturePrior
 from .images import image_settings, image_start
 from .lockstep import Asked, Lockstep, ToySettings
-from .measures import covered, energy_distance, gradient_norms, misfit, source_error, spread
+from .measures import covered, energy_distance, gradient_norms, mean_distance, misfit, source_error, spread
 from .points import modes_of, ring
 
 # %% ../../nbs/05_toy/06_study.ipynb #3e9b99b8
@@ -78,13 +78,14 @@ def run_points(methods: Methods, seeds: Sequence[int], prior: MixturePrior | Non
     prior = prior or ring()
     target = modes_of(prior, text)
     fresh = target.sample(2000, generator(2**31))
+    within = mean_distance(fresh, fresh)
 
     def make(seed: int) -> Lockstep:
         start = torch.randn(count, *prior.latent_shape, generator=generator(seed))
         return Lockstep(prior, methods(seed), text, start, ToySettings(**asdict(settings) | {"seed": seed, "stride": settings.steps}), laws)
 
     def measured(points: Float[Tensor, "n 2"]) -> dict[str, float | None]:
-        return {"covered": covered(points, target), "spread": spread(points, target), "energy distance": energy_distance(points, fresh)}
+        return {"covered": covered(points, target), "spread": spread(points, target), "energy distance": energy_distance(points, fresh, within_y=within)}
 
     def look(lockstep: Lockstep, asked: Asked, name: str) -> dict[str, float | None]:
         return measured(asked.points[name]) | {"source error": source_error(asked, name, prior)} | gradient_norms(asked.scores[name])
