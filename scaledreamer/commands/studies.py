@@ -30,6 +30,7 @@ from ..curve.measure import ImageBatch, measure_curve
 from ..distill.estimator import LoRAEstimator
 from ..distill.later_methods import DEFECTS, DESCRIPTION
 from ..distill.methods import Method
+from ..distill.timesteps import random_shift
 from ..distill.vsd import vsd
 from ..prior.base import Prior
 from ..text.corpora import load_corpus
@@ -140,6 +141,7 @@ def methods_of(words: str, prior: Prior, count: int, guidance: float | None, exa
     "Methods by their words, parted by commas, made anew for a seed. Raises UsageError for a word that is none."
     known = (*METHODS, "exact-vsd") if exact else tuple(METHODS)
     names = names_of(words)
+    if not names: raise UsageError("--methods is empty: give some, e.g. sds,asd")
     for name in names:
         if name not in known: raise UsageError(f"no method {name!r}: give some of {','.join(known)}")
     own = DistillSettings(guidance=guidance, second_stage=0.0)  # no guidance: each method's; of bridge, what it is in the end
@@ -176,9 +178,9 @@ class Toy:
     def __post_init__(self):
         points = self.what == "points"
         at_least(1, seeds=self.seeds, steps=self.steps, count=self.count)
+        random_shift(self.eta)  # refuses a wrong eta
         strange = [name for name in ("prior", "text", "defects", "description") if points and getattr(self, name) != getattr(type(self), name)]
         if strange: raise UsageError(f"--{strange[0]} is of images, and these are points: leave it out")
-        if not names_of(self.methods): raise UsageError("--methods is empty: give some, e.g. sds,asd")
 
     def run(self) -> str:
         points, seeds, result = self.what == "points", range(self.seeds), self.out / "toy.json"
@@ -186,9 +188,9 @@ class Toy:
         own = ToySettings(steps=steps, defects="elsewhere", described="elsewhere") if points else replace(image_settings(steps), **self.words())
         prior = ring() if points else make_prior(TrainSettings(prior=self.prior), load_corpus("toybox-15"))
         given = {"count": count, "settings": replace(own, eta=self.eta, shift=self.shift), "keep": partial(save_study, path=result)}
-        given["settings"].law()  # refuses a wrong eta
         methods = methods_of(self.methods, prior, count, self.guidance, exact=points)
         fresh(result)
+        if points: torch.set_num_threads(1)  # a second thread costs such small tensors more than it brings
         try: study = run_points(methods, seeds, prior, **given) if points else run_images(methods, seeds, prior, self.text, **given)
         except KeyboardInterrupt: raise Stopped(f"stopped; the seeds that were done are in {result}" if result.exists() else "stopped before the first seed was done: nothing is kept") from None
         save_figure(draw_study(study), self.out / "series.png")

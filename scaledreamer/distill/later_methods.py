@@ -56,17 +56,19 @@ def invert(
     eta: float = 0.0,  # of the noise that a step adds
 ) -> Float[Tensor, "b ..."]:
     "DDIM inversion from t = 0 to `until`. All items go together, each as far as it has to."
-    t = torch.zeros_like(until)
-    x, steps = schedule.add_noise(latents, noise, t), 0
-    while (rows := (t < until).nonzero()[:, 0]).numel():
-        at, to, steps = t[rows], (t[rows] + stride).minimum(until[rows]), steps + 1
-        moved = schedule.ddim_step(x[rows], see(x[rows], at, rows), at, to)
+    order = until.argsort(descending=True, stable=True)  # those that go on are always the first
+    until, noise, t = until[order], noise[order], 0
+    x = schedule.add_noise(latents[order], noise, torch.zeros_like(until))
+    while n := int((until > t).sum()):
+        at, to = torch.full_like(until[:n], t), until[:n].clamp(max=t + stride)
+        moved = schedule.ddim_step(x[:n], see(x[:n], at, order[:n]), at, to)
+        t += stride
         if eta:
             before, after = schedule.abar(at), schedule.abar(to)
             spread = eta * ((1 - before) / (1 - after) * (1 - after / before)).sqrt()
-            moved = moved + spread.to(x).reshape(-1, *[1] * (x.ndim - 1)) * noise.flatten(1).roll(1009 * steps, 1).reshape(noise.shape)[rows]
-        x, t = x.index_copy(0, rows, moved), t.index_copy(0, rows, to)
-    return x
+            moved = moved + spread.to(x).reshape(-1, *[1] * (x.ndim - 1)) * noise[:n].flatten(1).roll(1009 * t // stride, 1).reshape(moved.shape)
+        x = torch.cat([moved, x[n:]])
+    return x[order.argsort()]
 
 # %% ../../nbs/04_distill/05_later_methods.ipynb #f84ee48b
 @torch.no_grad()

@@ -72,7 +72,8 @@ class Components:
                 log_w: Float[Tensor, " k"]) -> tuple[Float[Tensor, "b d"], Float[Tensor, "b k"]]:
         "The mean that explains `x` best, from the centre, and the log of each row's mass; `log_w`: of the captions of `rows`."
         logits = self.logits(x, a, v, rows, log_w)
-        return logits.T.softmax(0).T @ self.table[rows], logits  # softmax(1), where it lies
+        share, table = logits.T.softmax(0), self.table[rows]  # over the components, along the memory
+        return (table.T @ share).T if len(x) > x.shape[1] else share.T @ table, logits  # fast for many points as for large images
 
 # %% ../../nbs/02_prior/02_mixture.ipynb #f7524b96
 def caption_row(
@@ -139,11 +140,15 @@ class MixturePrior:
 # %% ../../nbs/02_prior/02_mixture.ipynb #d7e66b13
 def _texts(tokens: Float[Tensor, "b 1 c"]) -> Iterator[tuple[slice, list[int]]]:
     "Each run of items with one text, and the captions that it allows."
-    if tokens.ndim != 3 or tokens.shape[1] != 1 or (tokens < 0).any() or (tokens.sum(2) <= 0).any():
+    if tokens.ndim != 3 or tokens.shape[1] != 1:
         raise UsageError(f"tokens of shape {list(tokens.shape)}: expected rows of caption probabilities [b, 1, captions] from encode_text")
     changes = (tokens[1:, 0] != tokens[:-1, 0]).any(1).nonzero()[:, 0] + 1
     for start, end in pairwise([0, *changes.tolist(), len(tokens)]):
-        yield slice(start, end), tokens[start, 0].nonzero()[:, 0].tolist()
+        row = tokens[start, 0]
+        least, total = float(row.min()), float(row.sum())
+        if least < 0 or not total > 0:
+            raise UsageError(f"tokens of row {start} sum to {total:g}, the least is {least:g}: expected rows of caption probabilities [b, 1, captions] from encode_text")
+        yield slice(start, end), row.nonzero()[:, 0].tolist()
 
 
 def _explained(prior: MixturePrior, x_t: Tensor, t: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
