@@ -25,8 +25,10 @@ from ..distill.later_methods import DEFECTS, DESCRIPTION, ism, nfsd, sdi, sds_br
 from ..distill.methods import Method, asd, csd, sds
 from ..distill.timesteps import LinearSchedule, ShiftLaw, TimestepWindow, annealed_window, deterministic_shift, random_shift
 from ..distill.vsd import EstimatorTrainer, esd, vsd
+from ..field.background import EnvironmentMap, wide_sigmoid
 from ..generator.hyper_ingp import HyperINGP, HyperINGPSettings, release_background
 from ..generator.ingp import INGP, INGPSettings
+from ..generator.triplane import Triplane, TriplaneSettings
 from ..prior.base import Prior
 from ..prior.stable_diffusion import StableDiffusionPrior
 from ..prior.toybox_mixture import toybox_mixture
@@ -172,6 +174,8 @@ def make_prior(settings: TrainSettings, prompts: tuple[Prompt, ...]) -> Prior:
 GENERATORS: dict[str, Callable[[int], nn.Module]] = {  # by the width of the text
     "hyper-ingp": lambda width: HyperINGP(HyperINGPSettings(text_width=width)),
     "hyper-ingp-paper": lambda width: HyperINGP(replace(HyperINGPSettings.paper(), text_width=width), background=release_background(width)),
+    "triplane": lambda width: Triplane(TriplaneSettings(text_width=width)),
+    "triplane-paper": lambda width: Triplane(replace(TriplaneSettings.paper(), text_width=width), background=EnvironmentMap(squash=wide_sigmoid)),
     "ingp": lambda width: INGP(INGPSettings())}
 
 
