@@ -10,12 +10,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from scaledreamer.camera.rays import Rays
 from scaledreamer.core.scene_checks import check_generator
 from scaledreamer.core.settings import UsageError, from_json, to_json
 from scaledreamer.field.background import EnvironmentMap, wide_sigmoid
 from scaledreamer.generator.base import Generator
 from scaledreamer.generator.triplane import Triplane, TriplaneSettings, look_up
 from scaledreamer.prior.base import TextEmbedding
+from scaledreamer.render.settings import RELEASE
+from scaledreamer.render.volume import render
 
 PARITY = Path(__file__).parent / "parity"
 NAMES = ("04_triplane_a_local", "04_triplane_b_global")
@@ -90,6 +93,47 @@ def test_forward_differences(name):
         moved = [scene.sdf((points + eps * axis).clamp(-radius, radius)) for axis in torch.eye(3)]
         gradient = (torch.stack(moved, -1) - scene.sdf(points)[..., None]) / eps
     torch.testing.assert_close(gradient, t["sdf_grad"].view_as(gradient), rtol=0, atol=2e-2)
+
+
+def render_fixture():
+    "Two prompts of two views each through the release's renderer."
+    meta, t = fixture("05b_render_triplane")
+    model = Triplane(settings_of(meta["settings"]["geometry"]), background=EnvironmentMap(squash=wide_sigmoid))
+    named = {our_key(key.removeprefix("weights/geometry.")): v for key, v in t.items() if key.startswith("weights/geometry.") and "bbox" not in key}
+    prefix = "weights/background.network."
+    named |= {f"background.{key.removeprefix(prefix)}": v for key, v in t.items() if key.startswith(prefix)}
+    model.load_state_dict(named)
+    image = lambda value: value.movedim(-1, 1).unflatten(0, (2, 2))
+    rays = Rays(*(t[name].unflatten(0, (2, 2)) for name in ("rays_o", "rays_d")))
+    return meta, t, model, TextEmbedding(t["text"], t["text"].mean(1)), rays, image
+
+
+def test_render():
+    _, t, model, text, rays, image = render_fixture()
+    with torch.no_grad():
+        out = render(model(text), rays, RELEASE)
+    torch.testing.assert_close(out.rgb, image(t["eval/comp_rgb"]), rtol=0, atol=2e-3)
+    torch.testing.assert_close(out.background, image(t["eval/comp_rgb_bg"]), rtol=0, atol=1e-5)
+    torch.testing.assert_close(out.opacity, image(t["eval/opacity"]), rtol=0, atol=2e-3)
+    torch.testing.assert_close(out.depth, image(t["eval/depth"]), rtol=0, atol=5e-3)
+
+
+def test_render_with_gradients(monkeypatch):
+    meta, t, model, text, rays, image = render_fixture()
+    draws = torch.stack([t["train/bias_coarse"], t["train/bias_fine"]])
+    monkeypatch.setattr(torch, "rand", lambda *shape, **_: draws.view(shape))  # stratification as in the fixture
+    out = render(model(text), rays, RELEASE, generator=torch.Generator())
+    torch.testing.assert_close(out.rgb, image(t["train/comp_rgb"]), rtol=0, atol=2e-3)
+    torch.testing.assert_close(out.opacity, image(t["train/opacity"]), rtol=0, atol=2e-3)
+    torch.testing.assert_close(out.depth, image(t["train/depth"]), rtol=0, atol=5e-3)
+    loss = (out.rgb * image(t["train/loss_r_rgb"])).sum() + out.opacity.sum()
+    loss.backward()
+    assert loss.item() == pytest.approx(meta["loss"], rel=2e-3)
+    ours = dict(model.named_parameters())
+    for key, norm in meta["grad_norm_per_parameter"].items():
+        if norm is not None:  # the encoding of directions has no parameter
+            name = our_key(key.removeprefix("geometry.")).replace("background.network.", "background.")
+            assert ours[name].grad.norm().item() == pytest.approx(norm, rel=2e-2), key
 
 
 def formula(key, count, salt, offset, amplitude):

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PLANES', 'Attention', 'TriplaneSettings', 'TriplaneLayer', 'TriplaneTransformer', 'look_up', 'Triplane']
 
-# %% ../../nbs/09_generator/04_triplane.ipynb #b694f756
+# %% ../../nbs/09_generator/04_triplane.ipynb #9892cc02
 from collections import OrderedDict
 from dataclasses import dataclass
 from typing import Literal, Self
@@ -22,16 +22,11 @@ from ..field.decoders import MLPDecoder
 from .base import Background, FieldScene, background_of, check_text_width, text_vector
 from ..prior.base import TextEmbedding
 
-# %% ../../nbs/09_generator/04_triplane.ipynb #c0f7450e
+# %% ../../nbs/09_generator/04_triplane.ipynb #445ecfc6
 class Attention(nn.Module):
     "Of tokens to the states of a context, in several heads."
 
-    def __init__(
-        self,
-        width: int,  # of the tokens
-        heads: int,
-        context_width: int | None = None,  # of the states; None: that of the tokens
-    ):
+    def __init__(self, width: int, heads: int, context_width: int | None = None):  # None: that of the tokens
         super().__init__()
         self.heads = heads
         self.to_q = nn.Linear(width, width, bias=False)
@@ -50,7 +45,7 @@ class Attention(nn.Module):
             mask = (mask | ~mask.any(1, keepdim=True))[:, None, None]
         return self.to_out(scaled_dot_product_attention(q, k, v, mask).transpose(1, 2).flatten(2))
 
-# %% ../../nbs/09_generator/04_triplane.ipynb #07083f58
+# %% ../../nbs/09_generator/04_triplane.ipynb #24225fd5
 @dataclass(frozen=True)
 class TriplaneSettings:
     "How a text becomes three planes, and what a point makes of them."
@@ -81,21 +76,20 @@ class TriplaneSettings:
         "The release: 120.6 million parameters."
         return cls(32, 32, 768, 12, 16, text_width=1024, masked=False, radius=2.0, sphere=0.8, wide_colors=True)
 
-# %% ../../nbs/09_generator/04_triplane.ipynb #9d1b2d01
+# %% ../../nbs/09_generator/04_triplane.ipynb #c5bac64a
 class TriplaneLayer(nn.Module):
     "One layer: the plane tokens look at the text, then at each other."
 
     def __init__(self, settings: TriplaneSettings):
         super().__init__()
-        width, words = settings.width, settings.text == "tokens"
+        width, words, hidden = settings.width, settings.text == "tokens", settings.mlp_ratio * settings.width
         self.norm1 = nn.LayerNorm(width, eps=1e-6) if words else None
         self.cross_attn = Attention(width, settings.heads, settings.text_width) if words else None
         self.norm2 = nn.LayerNorm(width, eps=1e-6)
         self.self_attn = Attention(width, settings.heads)
         self.norm3 = nn.LayerNorm(width, eps=1e-6)
-        widen, narrow = nn.Linear(width, settings.mlp_ratio * width), nn.Linear(settings.mlp_ratio * width, width)
-        first = {} if words else {"first": nn.GELU()}
-        self.mlp = nn.Sequential(OrderedDict(first | {"widen": widen, "gelu": nn.GELU(), "narrow": narrow}))
+        steps = {"widen": nn.Linear(width, hidden), "gelu": nn.GELU(), "narrow": nn.Linear(hidden, width)}
+        self.mlp = nn.Sequential(OrderedDict(steps if words else {"first": nn.GELU()} | steps))
 
     def forward(
         self,
@@ -110,7 +104,7 @@ class TriplaneLayer(nn.Module):
         x = x + self.self_attn(y, seen)
         return x + self.mlp(self.norm3(x))
 
-# %% ../../nbs/09_generator/04_triplane.ipynb #a844df4e
+# %% ../../nbs/09_generator/04_triplane.ipynb #210d9d21
 class TriplaneTransformer(nn.Module):
     "The states of a text to three planes."
 
@@ -128,17 +122,15 @@ class TriplaneTransformer(nn.Module):
         text: Float[Tensor, "b m d"],  # words, or one vector in place of them
         mask: Bool[Tensor, "b m"] | None = None,
     ) -> Float[Tensor, "b 3 c h w"]:
-        text = text.to(self.pos_embed)
-        text = text if self.proj is None else self.proj(text)
+        text = text.to(self.pos_embed) if self.proj is None else self.proj(text.to(self.pos_embed))
         x = self.pos_embed.expand(len(text), -1, -1)
         for layer in self.layers:
-            again = self.settings.checkpoint and torch.is_grad_enabled()
-            x = checkpoint(layer, x, text, mask, use_reentrant=False) if again else layer(x, text, mask)
+            x = checkpoint(layer, x, text, mask, use_reentrant=False) if self.settings.checkpoint else layer(x, text, mask)
         cells = self.norm(x).mT.unflatten(2, (3, self.settings.side, self.settings.side)).transpose(1, 2)
         planes = self.deconv(cells.flatten(0, 1)).unflatten(0, (-1, 3))
         return planes.to(self.pos_embed.dtype)  # also under autocast: points are looked up in full precision
 
-# %% ../../nbs/09_generator/04_triplane.ipynb #ab648c85
+# %% ../../nbs/09_generator/04_triplane.ipynb #76f8b468
 PLANES = ((0, 1), (0, 2), (2, 1))  # coordinates along the width and the height of each
 
 
@@ -154,20 +146,15 @@ def look_up(
     found = grid_sample(planes.flatten(0, 1), where.flatten(0, 1)[:, :, None], align_corners=False)
     return found[..., 0].unflatten(0, (-1, 3)).flatten(1, 2).mT
 
-# %% ../../nbs/09_generator/04_triplane.ipynb #2912fc67
+# %% ../../nbs/09_generator/04_triplane.ipynb #b1b8a040
 class Triplane(nn.Module):
     "Text to surfaces on three planes. Raises `UsageError` for text of another width."
 
-    def __init__(
-        self,
-        settings: TriplaneSettings = TriplaneSettings(),
-        background: Background | None = None,  # white when None
-    ):
+    def __init__(self, settings: TriplaneSettings = TriplaneSettings(), background: Background | None = None):  # white when None
         super().__init__()
         self.settings = settings
         self.transformer = TriplaneTransformer(settings)
-        self.shape_decoder = MLPDecoder((3 * settings.channels, *settings.decoder, 1))
-        self.color_decoder = MLPDecoder((3 * settings.channels, *settings.decoder, 3))
+        self.shape_decoder, self.color_decoder = (MLPDecoder((3 * settings.channels, *settings.decoder, out)) for out in (1, 3))
         self.background = SolidBackground() if background is None else background
 
     def planes(self, text: TextEmbedding) -> Float[Tensor, "b 3 c h w"]:
