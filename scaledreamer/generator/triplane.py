@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PLANES', 'Attention', 'TriplaneSettings', 'TriplaneLayer', 'TriplaneTransformer', 'look_up', 'Triplane']
 
-# %% ../../nbs/09_generator/04_triplane.ipynb #9892cc02
+# %% ../../nbs/09_generator/04_triplane.ipynb #ea8d3cd7
 from collections import OrderedDict
 from dataclasses import dataclass
 from typing import Literal, Self
@@ -22,7 +22,7 @@ from ..field.decoders import MLPDecoder
 from .base import Background, FieldScene, background_of, check_text_width, text_vector
 from ..prior.base import TextEmbedding
 
-# %% ../../nbs/09_generator/04_triplane.ipynb #445ecfc6
+# %% ../../nbs/09_generator/04_triplane.ipynb #0a165a9b
 class Attention(nn.Module):
     "Of tokens to the states of a context, in several heads."
 
@@ -45,7 +45,7 @@ class Attention(nn.Module):
             mask = (mask | ~mask.any(1, keepdim=True))[:, None, None]
         return self.to_out(scaled_dot_product_attention(q, k, v, mask).transpose(1, 2).flatten(2))
 
-# %% ../../nbs/09_generator/04_triplane.ipynb #24225fd5
+# %% ../../nbs/09_generator/04_triplane.ipynb #f0a74e57
 @dataclass(frozen=True)
 class TriplaneSettings:
     "How a text becomes three planes, and what a point makes of them."
@@ -76,7 +76,7 @@ class TriplaneSettings:
         "The release: 120.6 million parameters."
         return cls(32, 32, 768, 12, 16, text_width=1024, masked=False, radius=2.0, sphere=0.8, wide_colors=True)
 
-# %% ../../nbs/09_generator/04_triplane.ipynb #c5bac64a
+# %% ../../nbs/09_generator/04_triplane.ipynb #060d6d9d
 class TriplaneLayer(nn.Module):
     "One layer: the plane tokens look at the text, then at each other."
 
@@ -104,7 +104,7 @@ class TriplaneLayer(nn.Module):
         x = x + self.self_attn(y, seen)
         return x + self.mlp(self.norm3(x))
 
-# %% ../../nbs/09_generator/04_triplane.ipynb #210d9d21
+# %% ../../nbs/09_generator/04_triplane.ipynb #38a4b080
 class TriplaneTransformer(nn.Module):
     "The states of a text to three planes."
 
@@ -130,7 +130,7 @@ class TriplaneTransformer(nn.Module):
         planes = self.deconv(cells.flatten(0, 1)).unflatten(0, (-1, 3))
         return planes.to(self.pos_embed.dtype)  # also under autocast: points are looked up in full precision
 
-# %% ../../nbs/09_generator/04_triplane.ipynb #76f8b468
+# %% ../../nbs/09_generator/04_triplane.ipynb #69ae21fd
 PLANES = ((0, 1), (0, 2), (2, 1))  # coordinates along the width and the height of each
 
 
@@ -146,7 +146,7 @@ def look_up(
     found = grid_sample(planes.flatten(0, 1), where.flatten(0, 1)[:, :, None], align_corners=False)
     return found[..., 0].unflatten(0, (-1, 3)).flatten(1, 2).mT
 
-# %% ../../nbs/09_generator/04_triplane.ipynb #b1b8a040
+# %% ../../nbs/09_generator/04_triplane.ipynb #fa3843ed
 class Triplane(nn.Module):
     "Text to surfaces on three planes. Raises `UsageError` for text of another width."
 
