@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['Equalised', 'leaky', 'modulated_conv', 'doubled', 'at_points']
 
-# %% ../../nbs/07_field/07_voxels.ipynb #5894f75f
+# %% ../../nbs/07_field/07_voxels.ipynb #c0fbaab6
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from ..core.settings import UsageError
 
-# %% ../../nbs/07_field/07_voxels.ipynb #50b3d967
+# %% ../../nbs/07_field/07_voxels.ipynb #1ee59fc5
 class Equalised(nn.Module):
     "A linear layer whose weights have unit variance. Full precision, also under autocast."
 
@@ -28,7 +28,7 @@ class Equalised(nn.Module):
 def leaky(x: Float[Tensor, "*s"]) -> Float[Tensor, "*s"]:
     return nn.functional.leaky_relu(x, 0.2) * 2**0.5
 
-# %% ../../nbs/07_field/07_voxels.ipynb #9a87db41
+# %% ../../nbs/07_field/07_voxels.ipynb #3c907952
 def modulated_conv(
     x: Float[Tensor, "b i d h w"],
     weight: Float[Tensor, "o i k k k"],  # k odd
@@ -44,11 +44,11 @@ def modulated_conv(
         square = style.square() @ weight.square().sum((2, 3, 4)).T
         return y * ((square + 1e-8) / fan).rsqrt()[:, :, None, None, None]
 
-# %% ../../nbs/07_field/07_voxels.ipynb #c9d554ca
+# %% ../../nbs/07_field/07_voxels.ipynb #e2c42465
 def doubled(x: Float[Tensor, "b c d h w"]) -> Float[Tensor, "b c d2 h2 w2"]:
     return nn.functional.interpolate(x, scale_factor=2, mode="trilinear", align_corners=True)
 
-# %% ../../nbs/07_field/07_voxels.ipynb #50673b2c
+# %% ../../nbs/07_field/07_voxels.ipynb #c71bd0b3
 def at_points(voxels: Float[Tensor, "b f d h w"], points: Float[Tensor, "p n 3"]) -> Float[Tensor, "p n f"]:
     "Features at points of the cube [-1, 1]^3. Raises `UsageError` where voxels and points disagree about the prompts."
     if len(voxels) != len(points):

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Mapping', 'Layer', 'ToFeatures', 'FirstBlock', 'Block', 'Synthesis', 'layer_noise', 'Conv3DSettings', 'Conv3D']
 
-# %% ../../nbs/09_generator/03_conv3d.ipynb #22863494
+# %% ../../nbs/09_generator/03_conv3d.ipynb #097345bc
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ from ..field.voxels import Equalised, at_points, doubled, leaky, modulated_conv
 from .base import Background, FieldScene, Pooling, background_of, text_vector
 from ..prior.base import TextEmbedding
 
-# %% ../../nbs/09_generator/03_conv3d.ipynb #0888fc6d
+# %% ../../nbs/09_generator/03_conv3d.ipynb #5b05d5f4
 class Mapping(nn.Module):
     "Noise and text vectors to w."
 
@@ -38,7 +38,7 @@ class Mapping(nn.Module):
             x = leaky(layer(x))
         return self.embed(torch.cat([x, c.to(x)], 1))
 
-# %% ../../nbs/09_generator/03_conv3d.ipynb #4bc9e4dc
+# %% ../../nbs/09_generator/03_conv3d.ipynb #348a971e
 class Layer(nn.Module):
     "A modulated 3x3x3 convolution with what follows it."
 
@@ -66,7 +66,7 @@ class ToFeatures(nn.Module):
         style = self.affine(w) * self.weight.shape[1] ** -0.5
         return modulated_conv(x, self.weight, style, demodulate=False) + self.bias[:, None, None, None]
 
-# %% ../../nbs/09_generator/03_conv3d.ipynb #74ea7ad9
+# %% ../../nbs/09_generator/03_conv3d.ipynb #421530ee
 class FirstBlock(nn.Module):
     "The learned 4³ constant, its layer and its features."
 
@@ -111,7 +111,7 @@ class Synthesis(nn.Module):
             x, features = block(x, features, w, noises[2 * k + 1 :])
         return features
 
-# %% ../../nbs/09_generator/03_conv3d.ipynb #b2ffa133
+# %% ../../nbs/09_generator/03_conv3d.ipynb #1601b3c9
 def layer_noise(z: Float[Tensor, "b k"], sides: Sequence[int]) -> list[Float[Tensor, "b 1 _ _ _"]]:
     "Standard normal noise of each layer, decided by each item's own z."
     items = []
@@ -120,7 +120,7 @@ def layer_noise(z: Float[Tensor, "b k"], sides: Sequence[int]) -> list[Float[Ten
         items.append([torch.randn(1, side, side, side, generator=rng) for side in sides])
     return [torch.stack(layer).to(z) for layer in zip(*items)]
 
-# %% ../../nbs/09_generator/03_conv3d.ipynb #dcdb2f08
+# %% ../../nbs/09_generator/03_conv3d.ipynb #76045ba6
 @dataclass(frozen=True)
 class Conv3DSettings:
     "The sizes of a 3DConv-net."
@@ -145,21 +145,16 @@ class Conv3DSettings:
     @classmethod
     def paper(cls, multiplier: int = 1) -> Self:
         "The release: 88.7 million parameters; multiplier 2: 144.8 million."
-        fine = tuple(multiplier * c for c in (256, 128, 64))
-        return cls((512, 512, 512, *fine), features=32, noise=64, mapped=256, radius=2.0, sphere=0.8, text_width=1024)
+        return cls((512, 512, 512, *(multiplier * c for c in (256, 128, 64))), features=32, noise=64, mapped=256, radius=2.0, sphere=0.8, text_width=1024)
 
-# %% ../../nbs/09_generator/03_conv3d.ipynb #efee9bf6
+# %% ../../nbs/09_generator/03_conv3d.ipynb #0f12a1aa
 class Conv3D(nn.Module):
     "Noise and text to surfaces in a block of voxels. Raises `UsageError` for text or noise of another width."
 
-    def __init__(
-        self,
-        settings: Conv3DSettings = Conv3DSettings(),
-        background: Background | None = None,  # white when None
-    ):
+    def __init__(self, settings: Conv3DSettings = Conv3DSettings(), background: Background | None = None):  # white when None
         super().__init__()
         s = self.settings = settings
-        self.noise = s.noise  # training draws a z of this width for each prompt of a step
+        self.noise = s.noise  # training draws so many numbers a prompt
         self.mapping = Mapping(s.noise, s.text_width, s.mapped, s.mapping_layers)
         self.synthesis = Synthesis(s.channels, s.features, s.mapped, s.bias_side)
         self.shape_decoder = MLPDecoder((s.features, s.width, 1))
