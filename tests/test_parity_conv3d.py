@@ -35,7 +35,7 @@ def settings_of(meta):
     net = s["space_generator_config"]
     return Conv3DSettings(
         tuple(meta["patch"]["channels_dict"].values()), net["img_channels"], net.get("bias_resolution", 64), net["z_dim"], net["w_dim"], net["num_layers"],
-        s["mlp_network_config"]["n_neurons"], s["radius"], s["sdf_bias_params"], net["c_dim"],
+        s["mlp_network_config"]["n_neurons"], s["radius"], s["sdf_bias_params"], net["c_dim"], gain=1.0,
     )  # fmt: skip
 
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Mapping', 'Layer', 'ToFeatures', 'FirstBlock', 'Block', 'Synthesis', 'layer_noise', 'Conv3DSettings', 'Conv3D']
 
-# %% ../../nbs/09_generator/03_conv3d.ipynb #097345bc
+# %% ../../nbs/09_generator/03_conv3d.ipynb #5bfb8b63
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ from ..field.voxels import Equalised, at_points, doubled, leaky, modulated_conv
 from .base import Background, FieldScene, Pooling, background_of, text_vector
 from ..prior.base import TextEmbedding
 
-# %% ../../nbs/09_generator/03_conv3d.ipynb #5b05d5f4
+# %% ../../nbs/09_generator/03_conv3d.ipynb #b2b6c47d
 class Mapping(nn.Module):
     "Noise and text vectors to w."
 
@@ -38,7 +38,7 @@ class Mapping(nn.Module):
             x = leaky(layer(x))
         return self.embed(torch.cat([x, c.to(x)], 1))
 
-# %% ../../nbs/09_generator/03_conv3d.ipynb #348a971e
+# %% ../../nbs/09_generator/03_conv3d.ipynb #956733fb
 class Layer(nn.Module):
     "A modulated 3x3x3 convolution with what follows it."
 
@@ -66,7 +66,7 @@ class ToFeatures(nn.Module):
         style = self.affine(w) * self.weight.shape[1] ** -0.5
         return modulated_conv(x, self.weight, style, demodulate=False) + self.bias[:, None, None, None]
 
-# %% ../../nbs/09_generator/03_conv3d.ipynb #421530ee
+# %% ../../nbs/09_generator/03_conv3d.ipynb #8f516f99
 class FirstBlock(nn.Module):
     "The learned 4³ constant, its layer and its features."
 
@@ -111,7 +111,7 @@ class Synthesis(nn.Module):
             x, features = block(x, features, w, noises[2 * k + 1 :])
         return features
 
-# %% ../../nbs/09_generator/03_conv3d.ipynb #1601b3c9
+# %% ../../nbs/09_generator/03_conv3d.ipynb #6c45d9c8
 def layer_noise(z: Float[Tensor, "b k"], sides: Sequence[int]) -> list[Float[Tensor, "b 1 _ _ _"]]:
     "Standard normal noise of each layer, decided by each item's own z."
     items = []
@@ -120,7 +120,7 @@ def layer_noise(z: Float[Tensor, "b k"], sides: Sequence[int]) -> list[Float[Ten
         items.append([torch.randn(1, side, side, side, generator=rng) for side in sides])
     return [torch.stack(layer).to(z) for layer in zip(*items)]
 
-# %% ../../nbs/09_generator/03_conv3d.ipynb #76045ba6
+# %% ../../nbs/09_generator/03_conv3d.ipynb #dd6e72d3
 @dataclass(frozen=True)
 class Conv3DSettings:
     "The sizes of a 3DConv-net."
@@ -137,6 +137,7 @@ class Conv3DSettings:
     text_width: int = 96
     pooling: Pooling = "pooled"
     seed: int = 0  # of the z that is used where none is given
+    gain: float = 0.1  # of the features as the decoders see them; 1 as released
 
     def __post_init__(self):
         if not self.channels or min(self.channels) < 1 or self.noise < 1:
@@ -145,9 +146,9 @@ class Conv3DSettings:
     @classmethod
     def paper(cls, multiplier: int = 1) -> Self:
         "The release: 88.7 million parameters; multiplier 2: 144.8 million."
-        return cls((512, 512, 512, *(multiplier * c for c in (256, 128, 64))), features=32, noise=64, mapped=256, radius=2.0, sphere=0.8, text_width=1024)
+        return cls((512, 512, 512, *(multiplier * c for c in (256, 128, 64))), features=32, noise=64, mapped=256, radius=2.0, sphere=0.8, text_width=1024, gain=1.0)
 
-# %% ../../nbs/09_generator/03_conv3d.ipynb #0f12a1aa
+# %% ../../nbs/09_generator/03_conv3d.ipynb #00526fc6
 class Conv3D(nn.Module):
     "Noise and text to surfaces in a block of voxels. Raises `UsageError` for text or noise of another width."
 
@@ -170,7 +171,7 @@ class Conv3D(nn.Module):
             raise UsageError(f"z has shape {list(z.shape)}: expected [{len(c)}, {self.noise}], one row of noise a prompt")
         off = z.new_zeros(1, 1, 1, 1, 1)  # times the strengths: these have a gradient in either mode, here 0
         noises = layer_noise(z, self.synthesis.sides) if self.training else [off] * len(self.synthesis.sides)
-        return self.synthesis(self.mapping(z, c), noises)
+        return self.settings.gain * self.synthesis(self.mapping(z, c), noises)
 
     def forward(self, text: TextEmbedding, z: Float[Tensor, "b k"] | None = None) -> FieldScene:
         "Without `z` one fixed z for all prompts: the same scene each time."
