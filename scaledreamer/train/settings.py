@@ -26,6 +26,7 @@ from ..distill.methods import Method, asd, csd, sds
 from ..distill.timesteps import LinearSchedule, ShiftLaw, TimestepWindow, annealed_window, deterministic_shift, random_shift
 from ..distill.vsd import EstimatorTrainer, esd, vsd
 from ..field.background import EnvironmentMap, wide_sigmoid
+from ..generator.conv3d import Conv3D, Conv3DSettings
 from ..generator.hyper_ingp import HyperINGP, HyperINGPSettings, release_background
 from ..generator.ingp import INGP, INGPSettings
 from ..generator.triplane import Triplane, TriplaneSettings
@@ -98,7 +99,7 @@ class TrainSettings:
     "A training run. `prior` and `corpus` may be names or paths."
     prior: str = "tiny-sd"  # tiny-sd, mixture, or a Stable Diffusion folder or hub id
     corpus: str = "toybox-15"  # toybox-15, toybox-800, or a .json or .txt file
-    generator: str = "hyper-ingp"  # hyper-ingp, hyper-ingp-paper or ingp
+    generator: str = "hyper-ingp"  # hyper-ingp, conv3d or triplane, each also with -paper behind it, or ingp
     method: str = "asd"  # sds, csd, vsd, asd, nfsd, bridge, sdi, ism or esd
     steps: int = 3000
     seed: int = 0
@@ -174,6 +175,8 @@ def make_prior(settings: TrainSettings, prompts: tuple[Prompt, ...]) -> Prior:
 GENERATORS: dict[str, Callable[[int], nn.Module]] = {  # by the width of the text
     "hyper-ingp": lambda width: HyperINGP(HyperINGPSettings(text_width=width)),
     "hyper-ingp-paper": lambda width: HyperINGP(replace(HyperINGPSettings.paper(), text_width=width), background=release_background(width)),
+    "conv3d": lambda width: Conv3D(Conv3DSettings(text_width=width)),
+    "conv3d-paper": lambda width: Conv3D(replace(Conv3DSettings.paper(), text_width=width), background=EnvironmentMap()),
     "triplane": lambda width: Triplane(TriplaneSettings(text_width=width)),
     "triplane-paper": lambda width: Triplane(replace(TriplaneSettings.paper(), text_width=width), background=EnvironmentMap(squash=wide_sigmoid)),
     "ingp": lambda width: INGP(INGPSettings())}

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['epoch_order', 'step_prompts', 'conditioning', 'with_own_texts', 'random_backgrounds', 'Run', 'longest', 'build',
-           'distill', 'poses', 'fit_estimator', 'regularisers', 'training_step']
+           'distill', 'poses', 'fit_estimator', 'regularisers', 'generated', 'training_step']
 
 # %% ../../nbs/11_train/02_step.ipynb #0ef9ce45
 import math
@@ -96,8 +96,10 @@ class Run:
     def trained(self) -> list[Prompt]: return [prompt for prompt in self.prompts if prompt.split == "train"]
 
     def scene(self, texts: list[str]) -> Scene:
-        "The scenes of any texts, in one batch."
-        return self.generator(self.prior.encode_text(texts).to(self.settings.device))
+        "The scenes of any texts, in one batch; without what only training adds to them."
+        mode = self.generator.training
+        try: return self.generator.eval()(self.prior.encode_text(texts).to(self.settings.device))
+        finally: self.generator.train(mode)
 
 
 def longest(prompts: list[str], texts: TextEmbedding, most: int = 64) -> list[str]:
@@ -152,6 +154,12 @@ def regularisers(seen: Rendering, weights: dict[str, float]) -> dict[str, Tensor
     return {name: weight * terms[name]() for name, weight in weights.items() if weight}
 
 
+def generated(generator: nn.Module, texts: TextEmbedding, rng: torch.Generator) -> Scene:
+    "A step's scenes; a generator with `noise` gets so many normal numbers a prompt."
+    width = getattr(generator, "noise", 0)
+    return generator(texts, torch.randn(len(texts.tokens), width, generator=rng)) if width else generator(texts)
+
+
 def training_step(run: Run, optimizer: torch.optim.Optimizer, texts: TextEmbedding) -> dict[str, float]:
     "One optimiser step; returns what is logged of it. Raises RunError when a loss or gradient is not finite, before the weights change."
     s, rng = run.settings, step_generator(run.settings.seed, run.step)
@@ -159,7 +167,7 @@ def training_step(run: Run, optimizer: torch.optim.Optimizer, texts: TextEmbeddi
     cameras = sample_cameras(s.cameras, s.prompts, s.views, rng)
     rays = camera_rays(cameras, s.resolution, s.resolution).to(s.device)
     background = random_backgrounds(s.prompts * s.views, rng).view(s.prompts, s.views, 3, 1, 1).to(s.device)
-    seen = render(run.generator(texts[rows]), rays, s.render, background=background, generator=rng)
+    seen = render(generated(run.generator, texts[rows], rng), rays, s.render, background=background, generator=rng)
     latents = run.prior.encode_image(seen.rgb.flatten(0, 1))
     prompts = [run.trained[i].text for i in rows]
     score, noise = distill(run, latents, prompts, cameras, rng)

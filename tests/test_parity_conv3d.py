@@ -1,0 +1,154 @@
+"""3DConv-net against the tensors of the release's own modules (tests/parity), and parameter counts to the unit."""
+
+import json
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from scaledreamer.field.background import EnvironmentMap
+from scaledreamer.generator.conv3d import Conv3D, Conv3DSettings
+from scaledreamer.prior.base import TextEmbedding
+
+PARITY = Path(__file__).parent / "parity"
+NAMES = ("03_conv3d_a_res16", "03_conv3d_b_res32_nobias32")
+
+
+def fixture(name):
+    return json.loads((PARITY / f"{name}.json").read_text()), load_file(PARITY / f"{name}.safetensors")
+
+
+def our_key(key):
+    "The release's name of a parameter, less `geometry.`, to ours; None for its buffers, which we have no use for."
+    if key == "bbox" or key.endswith(("noise_const", "w_avg")):
+        return None
+    for old, new in (("space_generator.", ""), ("torgb", "to_features"), ("sdf_network", "shape_decoder"), ("feature_network", "color_decoder")):
+        key = key.replace(old, new)
+    return key
+
+
+def settings_of(meta):
+    s = meta["settings"]
+    net = s["space_generator_config"]
+    return Conv3DSettings(
+        tuple(meta["patch"]["channels_dict"].values()), net["img_channels"], net.get("bias_resolution", 64), net["z_dim"], net["w_dim"], net["num_layers"],
+        s["mlp_network_config"]["n_neurons"], s["radius"], s["sdf_bias_params"], net["c_dim"], gain=1.0,
+    )  # fmt: skip
+
+
+def released(name):
+    "The fixture's generator in ours, its description and its tensors."
+    meta, t = fixture(name)
+    model = Conv3D(settings_of(meta)).eval()
+    named = {key.removeprefix("weights/"): value for key, value in t.items() if key.startswith("weights/")}
+    model.load_state_dict({our_key(key): value for key, value in named.items() if our_key(key)})
+    return meta, t, model, TextEmbedding(t["text"][:, None], t["text"])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_values_and_gradients(name):
+    meta, t, model, text = released(name)
+    z, c = t["z"].requires_grad_(), t["text"].requires_grad_()
+    torch.testing.assert_close(model.mapping(z, c), t["w"], rtol=0, atol=1e-5)
+    torch.testing.assert_close(model.voxels(text, z), t["voxel"], rtol=1e-4, atol=2e-4)
+    scene = model(text, z)
+    sdf, features = scene.sdf(t["points"]), scene.color_head(scene.features(t["points"]))
+    torch.testing.assert_close(sdf, t["sdf"][..., 0], rtol=0, atol=2e-4)
+    torch.testing.assert_close(features, t["features"], rtol=0, atol=2e-4)
+    torch.testing.assert_close(scene.color(t["points"]), t["features"].sigmoid(), rtol=0, atol=1e-4)
+
+    loss = (sdf * t["loss_r_sdf"][..., 0]).sum() + (features * t["loss_r_features"]).sum()
+    torch.testing.assert_close(loss[None], t["loss"], rtol=1e-3, atol=1e-3)
+    loss.backward()
+    for ours, theirs in ((z.grad, t["grad_z"]), (c.grad, t["grad_text"])):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3 * float(theirs.abs().max()))
+    theirs = {our_key(key): norm for key, norm in meta["grad_norm_per_parameter"].items()}
+    ours = {key: p.grad for key, p in model.named_parameters()}
+    assert theirs.keys() == ours.keys()
+    for key, gradient in ours.items():
+        if key.endswith("noise_strength"):
+            assert gradient == 0  # theirs is of a noise that is not in the fixture
+        else:
+            assert float(gradient.norm()) == pytest.approx(theirs[key], rel=1e-3), key
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_forward_differences(name):
+    meta, t, model, text = released(name)
+    scene, points, radius = model(text, t["z"]), t["points"], meta["settings"]["radius"]
+    eps = meta["settings"]["finite_difference_normal_eps"]
+    with torch.no_grad():
+        moved = [scene.sdf((points + eps * axis).clamp(-radius, radius)) for axis in torch.eye(3)]
+        gradient = (torch.stack(moved, -1) - scene.sdf(points)[..., None]) / eps
+    torch.testing.assert_close(gradient, t["sdf_grad"], rtol=0, atol=2e-2)
+    clear = t["sdf_grad"].norm(dim=-1) > 0.5
+    normal = torch.nn.functional.normalize(gradient, dim=-1)
+    torch.testing.assert_close(normal[clear], t["normal"][clear], rtol=0, atol=4e-2)
+
+
+def test_known_noise():
+    "The noise is added after the doubling and before the bias."
+    _, t, model, text = released("03_conv3d_a_res16")
+    strengths = {key.split("/")[1]: value for key, value in t.items() if key.startswith("noise_strength_override/")}
+    model.load_state_dict({our_key(key): value for key, value in strengths.items()}, strict=False)
+    layers = ["first_block.conv1"] + [f"blocks.{k}.conv{i}" for k in range(2) for i in range(2)]
+    noises = [t[f"weights/space_generator.synthesis.{layer}.noise_const"][None, None] for layer in layers]
+    with torch.no_grad():
+        voxels = model.synthesis(t["w"][:1], noises)
+    torch.testing.assert_close(voxels, t["voxel_noise_const"], rtol=1e-4, atol=2e-4)
+    assert (voxels - t["voxel"][:1]).abs().max() > 0.1
+
+
+def formula(key, count, salt, offset, amplitude):
+    "The weights that the full-size fixture was made with (its json says how)."
+    values, seed = np.empty(count, np.float32), np.uint32((zlib.crc32(key.encode()) + salt) % 2**32)
+    for start in range(0, count, 2**16):  # pieces that stay in the cache
+        v = np.arange(start, min(start + 2**16, count), dtype=np.uint32) * np.uint32(2654435761) + seed
+        for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35), (16, 1)):
+            v ^= v >> np.uint32(shift)
+            v *= np.uint32(factor)
+        values[start : start + 2**16] = np.float32(offset) + np.float32(amplitude) * (v / 2.0**32 * 2 - 1).astype(np.float32)
+    return torch.from_numpy(values)
+
+
+def test_full_size():
+    meta, t = fixture("12_fullsize_conv3d")
+    with torch.device("meta"):
+        model = Conv3D(Conv3DSettings.paper())
+    shapes, state = {key: value.shape for key, value in model.state_dict().items()}, {}
+    for key, law in meta["offset_amplitude"].items():
+        ours = our_key(key.removeprefix("geometry."))
+        values = formula(key, shapes[ours].numel(), meta["salt"], *law)
+        if key in meta["first_values_check"]:
+            torch.testing.assert_close(values[:3], torch.tensor(meta["first_values_check"][key]), rtol=1e-6, atol=1e-8)
+        state[ours] = values.view(shapes[ours])
+    model.load_state_dict(state, assign=True)
+    model.eval().requires_grad_(False)
+    model.fixed_z, model.background.color = t["z"], torch.ones(3)
+    text = TextEmbedding(t["text"][:, None], t["text"])
+    torch.testing.assert_close(model.mapping(t["z"], t["text"]), t["w"], rtol=0, atol=1e-4)
+    voxels = model.voxels(text, t["z"])
+    mean, std, top = t["voxel_stats"].tolist()
+    torch.testing.assert_close(voxels[..., ::16, ::16, ::16], t["voxel_sub16"], rtol=0, atol=2e-3 * top)
+    assert [float(voxels.mean()), float(voxels.std()), float(voxels.abs().max())] == pytest.approx([mean, std, top], rel=2e-3, abs=2e-3 * std)
+    model.voxels = lambda text, z: voxels  # once is enough
+    scene = model(text, t["z"])
+    sdf, features = scene.sdf(t["points"])[0], scene.color_head(scene.features(t["points"]))[0]
+    for ours, theirs in ((sdf[:, None], t["sdf"]), (features, t["features"])):
+        assert (ours - theirs).abs().max() <= 2e-3 * theirs.abs().max()
+
+
+@pytest.mark.parametrize("name, multiplier, count", [("50k", 1, 88_686_923), ("100k", 1, 88_686_923), ("300k", 2, 144_798_155)])
+def test_parameters_to_the_unit(name, multiplier, count):
+    meta = json.loads((PARITY / f"09_state_dict_asd_sd_3dconv_net_{name}.json").read_text())
+    with torch.device("meta"):
+        model = Conv3D(Conv3DSettings.paper(multiplier), background=EnvironmentMap())
+    theirs = {k.removeprefix("geometry."): v for k, v in meta["state_dict"].items() if k.startswith("geometry.")}
+    assert {k for k, v in theirs.items() if v["kind"] == "buffer"} == {k for k in theirs if our_key(k) is None}
+    ours = {k: list(p.shape) for k, p in model.named_parameters() if not k.startswith("background.")}
+    assert ours == {our_key(k): v["shape"] for k, v in theirs.items() if our_key(k)}
+    assert sum(p.numel() for k, p in model.named_parameters() if k in ours) == meta["n_parameters_by_prefix"]["geometry"] == count
+    assert sum(p.numel() for p in model.background.parameters()) == meta["n_parameters_by_prefix"]["background"] == 448
