@@ -7,7 +7,7 @@ __all__ = ['State', 'TABLE', 'GRIDS', 'read_release', 'needed', 'table_size', 'g
            'decoder_width', 'hyper_key', 'PromptedMapSettings', 'SharedMapSettings', 'background_settings',
            'background_key', 'prompted_key']
 
-# %% ../../nbs/09_generator/05_lightning.ipynb #d886699c
+# %% ../../nbs/09_generator/05_lightning.ipynb #9312b8ed
 import pickle
 import re
 import struct
@@ -29,7 +29,7 @@ from .base import PromptedBackground
 from .hyper_ingp import HyperNetwork
 from .ingp import SMALL_GRID
 
-# %% ../../nbs/09_generator/05_lightning.ipynb #0196a65b
+# %% ../../nbs/09_generator/05_lightning.ipynb #7eaf2b5d
 State = Mapping[str, Tensor]
 _BROKEN = (pickle.UnpicklingError, struct.error, RuntimeError, EOFError, LookupError, ValueError, TypeError, AttributeError, AssertionError, OSError)
 
@@ -60,7 +60,7 @@ def read_release(path: str | Path) -> tuple[dict[str, Tensor], int]:
         raise RunError(f"{path} holds {type(found).__name__} without a state_dict: expected named tensors as in ckpt['state_dict'] of Lightning")
     return dict(state), steps if isinstance(steps, int) and steps > 0 else 0
 
-# %% ../../nbs/09_generator/05_lightning.ipynb #763936d6
+# %% ../../nbs/09_generator/05_lightning.ipynb #f5a8d8bb
 TABLE = "encoding.encoding.encoding.params"  # theirs, of a grid
 GRIDS = (HashGridSettings(), HYPER_GRID, SHARP_GRID, SMALL_GRID)  # the release's geometry, its two backgrounds, our small one
 
@@ -87,7 +87,7 @@ def grid_of(state: State, key: str, said: HashGridSettings | None = None) -> Has
     known = " or ".join(f"{table_size(grid):,}" for grid in ((said,) if said else GRIDS))
     raise UsageError(f"the table {key} has {count:,} numbers, expected {known}: give the HashGridSettings that it was trained with")
 
-# %% ../../nbs/09_generator/05_lightning.ipynb #5051f409
+# %% ../../nbs/09_generator/05_lightning.ipynb #b3c9e1fb
 @dataclass(frozen=True)
 class HyperShape:
     "A hypernetwork's sizes."
@@ -124,7 +124,7 @@ def hyper_key(key: str) -> str:
             return key.replace(f"weight{old}", f"parametrizations.weight{new}")
     return key
 
-# %% ../../nbs/09_generator/05_lightning.ipynb #333d0057
+# %% ../../nbs/09_generator/05_lightning.ipynb #81304464
 @dataclass(frozen=True)
 class PromptedMapSettings:
     "An environment map by a hypernetwork."
@@ -150,15 +150,15 @@ class SharedMapSettings:
         return EnvironmentMap(self.sphere_grid, self.widths, wide_sigmoid if self.wide else torch.sigmoid)
 
 
-def background_settings(state: State, wide: bool = False) -> PromptedMapSettings | SharedMapSettings | None:
+def background_settings(state: State, grid: HashGridSettings | None = None, wide: bool = False) -> PromptedMapSettings | SharedMapSettings | None:
     "From the shapes under `background.`; None where there are none."
     if "background.hypernet.layers.1.weight" in state:
-        hyper, grid = hyper_shape(state, "background.hypernet."), grid_of(state, f"background.{TABLE}")
+        hyper, grid = hyper_shape(state, "background.hypernet."), grid_of(state, f"background.{TABLE}", grid)
         return PromptedMapSettings(grid, decoder_width(hyper.outputs, grid.levels * grid.features + 3, "background.hypernet"), hyper)
     layers = sorted((k for k in state if re.fullmatch(r"background\.network\.layers\.\d+\.weight", k)), key=lambda k: int(k.split(".")[3]))
     if not layers: return None
-    table = state.get(f"background.{TABLE}")
-    return SharedMapSettings(grid_of(state, f"background.{TABLE}") if table is not None and table.numel() else None, tuple(len(state[k]) for k in layers[:-1]), wide)
+    table = needed(state, f"background.{TABLE}")  # empty for spherical harmonics
+    return SharedMapSettings(grid_of(state, f"background.{TABLE}", grid) if table.numel() else None, tuple(len(state[k]) for k in layers[:-1]), wide)
 
 
 def background_key(key: str) -> str:

@@ -6,7 +6,7 @@
 __all__ = ['GeneratorSettings', 'RELEASES', 'cube_radius', 'hyper_ingp_settings', 'ingp_settings', 'ingp_key', 'Release',
            'ReleasedSettings', 'recognise', 'left_over', 'match_names', 'to_words', 'Imported', 'import_weights']
 
-# %% ../../nbs/09_generator/06_weights.ipynb #b2c1aaf9
+# %% ../../nbs/09_generator/06_weights.ipynb #0574d883
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -21,7 +21,7 @@ from .hyper_ingp import HyperINGP, HyperINGPSettings
 from .ingp import INGP, INGPSettings
 from .lightning import TABLE, PromptedMapSettings, SharedMapSettings, State, background_key, background_settings, decoder_width, grid_of, hyper_shape, needed, prompted_key, read_release
 
-# %% ../../nbs/09_generator/06_weights.ipynb #00961023
+# %% ../../nbs/09_generator/06_weights.ipynb #bf28ada4
 def cube_radius(state: State, usual: float) -> float:
     "Half the side of the cube, from its corners; `usual` where the checkpoint does not hold them. Raises `RunError` for another box."
     if "geometry.bbox" not in state: return usual
@@ -48,7 +48,7 @@ def ingp_key(key: str) -> str:
     "Theirs, less `geometry.`, to ours."
     return "encoder.table" if key == TABLE else key.replace("density_network.", "shape_decoder.").replace("feature_network.", "color_decoder.")
 
-# %% ../../nbs/09_generator/06_weights.ipynb #27b19b22
+# %% ../../nbs/09_generator/06_weights.ipynb #de89678a
 GeneratorSettings = HyperINGPSettings | INGPSettings
 
 
@@ -62,7 +62,7 @@ class Release:
     module: type[nn.Module]  # made of its settings and a `background`
     made_of: type  # of settings
     settings: Callable[[State, HashGridSettings | None], GeneratorSettings]
-    key: Callable[[str], str]  # theirs, less `geometry.`, to ours
+    key: Callable[[str], str | None]  # theirs, less `geometry.`, to ours; None for what is none of its weights
     wide: bool = False  # its colours' background ends in `wide_sigmoid`
 
 
@@ -98,11 +98,12 @@ def recognise(state: State) -> Release:
     wanted = " or ".join(f"{release.name} ({release.mark}*)" for release in RELEASES)
     raise RunError(f"the checkpoint holds no generator that can be imported: expected {wanted}, found {', '.join(sorted(state)[:3])}")
 
-# %% ../../nbs/09_generator/06_weights.ipynb #84f5a8e8
+# %% ../../nbs/09_generator/06_weights.ipynb #6fb77b89
 _KNOWN = (
     (r"(geometry|renderer)\.bbox", "corners of the cube, read as its radius"),
     (r"renderer\.variance\._inv_std", "sharpness of the surface, read as beta of the render settings"),
     (r"renderer\.estimator\..*", "occupancy of the release's renderer, which ours does without"),
+    (r"geometry\..*\.(noise_const|w_avg)", "a constant that the release keeps and does not use"),
     (r".*\.encoding\.params", "nothing: an encoding without weights"),
     (r"(prompt_processor|guidance)\..*", "of the 2D prior, which training alone needs"),
     (r"material\..*", "of a material, which these generators do not have"),
@@ -137,7 +138,7 @@ def to_words(settings: ReleasedSettings) -> str:
     "Its kinds of parts."
     return f"{type(settings.generator).__name__} and {type(settings.background).__name__}"
 
-# %% ../../nbs/09_generator/06_weights.ipynb #def3d915
+# %% ../../nbs/09_generator/06_weights.ipynb #702e9d15
 @dataclass(frozen=True, eq=False)
 class Imported:
     "A released generator as ours, and the account of it."
@@ -154,11 +155,12 @@ class Imported:
 def import_weights(
     path: str | Path,  # a Lightning .ckpt, or a state_dict as safetensors
     grid: HashGridSettings | None = None,  # of the geometry; None: the one in use whose table has this size
+    background_grid: HashGridSettings | None = None,
 ) -> Imported:
     "Raises `UsageError` or `RunError`, in one sentence, for a file that is not a whole checkpoint of a generator that is known."
     state, step = read_release(path)
     release = recognise(state)
-    settings = ReleasedSettings(release.settings(state, grid), background_settings(state, release.wide))
+    settings = ReleasedSettings(release.settings(state, grid), background_settings(state, background_grid, release.wide))
     generator = settings.make()
     mapped, left = match_names(state, release, settings, generator.state_dict())
     if broken := [key for key in mapped if not state[key].isfinite().all()]:
