@@ -7,7 +7,7 @@ __all__ = ['State', 'TABLE', 'GRIDS', 'read_release', 'needed', 'table_size', 'g
            'decoder_width', 'hyper_key', 'PromptedMapSettings', 'SharedMapSettings', 'background_settings',
            'background_key', 'prompted_key']
 
-# %% ../../nbs/09_generator/05_lightning.ipynb #9312b8ed
+# %% ../../nbs/09_generator/05_lightning.ipynb #527f7461
 import pickle
 import re
 import struct
@@ -29,7 +29,7 @@ from .base import PromptedBackground
 from .hyper_ingp import HyperNetwork
 from .ingp import SMALL_GRID
 
-# %% ../../nbs/09_generator/05_lightning.ipynb #7eaf2b5d
+# %% ../../nbs/09_generator/05_lightning.ipynb #9b8fe736
 State = Mapping[str, Tensor]
 _BROKEN = (pickle.UnpicklingError, struct.error, RuntimeError, EOFError, LookupError, ValueError, TypeError, AttributeError, AssertionError, OSError)
 
@@ -60,7 +60,7 @@ def read_release(path: str | Path) -> tuple[dict[str, Tensor], int]:
         raise RunError(f"{path} holds {type(found).__name__} without a state_dict: expected named tensors as in ckpt['state_dict'] of Lightning")
     return dict(state), steps if isinstance(steps, int) and steps > 0 else 0
 
-# %% ../../nbs/09_generator/05_lightning.ipynb #f5a8d8bb
+# %% ../../nbs/09_generator/05_lightning.ipynb #bba753e7
 TABLE = "encoding.encoding.encoding.params"  # theirs, of a grid
 GRIDS = (HashGridSettings(), HYPER_GRID, SHARP_GRID, SMALL_GRID)  # the release's geometry, its two backgrounds, our small one
 
@@ -87,7 +87,7 @@ def grid_of(state: State, key: str, said: HashGridSettings | None = None) -> Has
     known = " or ".join(f"{table_size(grid):,}" for grid in ((said,) if said else GRIDS))
     raise UsageError(f"the table {key} has {count:,} numbers, expected {known}: give the HashGridSettings that it was trained with")
 
-# %% ../../nbs/09_generator/05_lightning.ipynb #b3c9e1fb
+# %% ../../nbs/09_generator/05_lightning.ipynb #dcc57d24
 @dataclass(frozen=True)
 class HyperShape:
     "A hypernetwork's sizes."
@@ -124,7 +124,7 @@ def hyper_key(key: str) -> str:
             return key.replace(f"weight{old}", f"parametrizations.weight{new}")
     return key
 
-# %% ../../nbs/09_generator/05_lightning.ipynb #81304464
+# %% ../../nbs/09_generator/05_lightning.ipynb #1d5324af
 @dataclass(frozen=True)
 class PromptedMapSettings:
     "An environment map by a hypernetwork."

@@ -6,7 +6,7 @@
 __all__ = ['GeneratorSettings', 'RELEASES', 'cube_radius', 'hyper_ingp_settings', 'ingp_settings', 'ingp_key', 'Release',
            'ReleasedSettings', 'recognise', 'left_over', 'match_names', 'to_words', 'Imported', 'import_weights']
 
-# %% ../../nbs/09_generator/06_weights.ipynb #0574d883
+# %% ../../nbs/09_generator/06_weights.ipynb #2908268e
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -21,7 +21,7 @@ from .hyper_ingp import HyperINGP, HyperINGPSettings
 from .ingp import INGP, INGPSettings
 from .lightning import TABLE, PromptedMapSettings, SharedMapSettings, State, background_key, background_settings, decoder_width, grid_of, hyper_shape, needed, prompted_key, read_release
 
-# %% ../../nbs/09_generator/06_weights.ipynb #bf28ada4
+# %% ../../nbs/09_generator/06_weights.ipynb #4ee43d02
 def cube_radius(state: State, usual: float) -> float:
     "Half the side of the cube, from its corners; `usual` where the checkpoint does not hold them. Raises `RunError` for another box."
     if "geometry.bbox" not in state: return usual
@@ -48,7 +48,7 @@ def ingp_key(key: str) -> str:
     "Theirs, less `geometry.`, to ours."
     return "encoder.table" if key == TABLE else key.replace("density_network.", "shape_decoder.").replace("feature_network.", "color_decoder.")
 
-# %% ../../nbs/09_generator/06_weights.ipynb #de89678a
+# %% ../../nbs/09_generator/06_weights.ipynb #810ff458
 GeneratorSettings = HyperINGPSettings | INGPSettings
 
 
@@ -98,7 +98,7 @@ def recognise(state: State) -> Release:
     wanted = " or ".join(f"{release.name} ({release.mark}*)" for release in RELEASES)
     raise RunError(f"the checkpoint holds no generator that can be imported: expected {wanted}, found {', '.join(sorted(state)[:3])}")
 
-# %% ../../nbs/09_generator/06_weights.ipynb #6fb77b89
+# %% ../../nbs/09_generator/06_weights.ipynb #6b16a972
 _KNOWN = (
     (r"(geometry|renderer)\.bbox", "corners of the cube, read as its radius"),
     (r"renderer\.variance\._inv_std", "sharpness of the surface, read as beta of the render settings"),
@@ -138,7 +138,7 @@ def to_words(settings: ReleasedSettings) -> str:
     "Its kinds of parts."
     return f"{type(settings.generator).__name__} and {type(settings.background).__name__}"
 
-# %% ../../nbs/09_generator/06_weights.ipynb #702e9d15
+# %% ../../nbs/09_generator/06_weights.ipynb #3fa447be
 @dataclass(frozen=True, eq=False)
 class Imported:
     "A released generator as ours, and the account of it."
