@@ -7,7 +7,7 @@ __all__ = ['State', 'TABLE', 'GRIDS', 'read_release', 'needed', 'table_size', 'g
            'decoder_width', 'hyper_key', 'PromptedMapSettings', 'SharedMapSettings', 'background_settings',
            'background_key', 'prompted_key']
 
-# %% ../../nbs/09_generator/05_lightning.ipynb #527f7461
+# %% ../../nbs/09_generator/05_lightning.ipynb #dfc77381
 import pickle
 import re
 import struct
@@ -29,7 +29,7 @@ from .base import PromptedBackground
 from .hyper_ingp import HyperNetwork
 from .ingp import SMALL_GRID
 
-# %% ../../nbs/09_generator/05_lightning.ipynb #9b8fe736
+# %% ../../nbs/09_generator/05_lightning.ipynb #c181fc64
 State = Mapping[str, Tensor]
 _BROKEN = (pickle.UnpicklingError, struct.error, RuntimeError, EOFError, LookupError, ValueError, TypeError, AttributeError, AssertionError, OSError)
 
@@ -60,7 +60,7 @@ def read_release(path: str | Path) -> tuple[dict[str, Tensor], int]:
         raise RunError(f"{path} holds {type(found).__name__} without a state_dict: expected named tensors as in ckpt['state_dict'] of Lightning")
     return dict(state), steps if isinstance(steps, int) and steps > 0 else 0
 
-# %% ../../nbs/09_generator/05_lightning.ipynb #bba753e7
+# %% ../../nbs/09_generator/05_lightning.ipynb #02755247
 TABLE = "encoding.encoding.encoding.params"  # theirs, of a grid
 GRIDS = (HashGridSettings(), HYPER_GRID, SHARP_GRID, SMALL_GRID)  # the release's geometry, its two backgrounds, our small one
 
@@ -87,7 +87,7 @@ def grid_of(state: State, key: str, said: HashGridSettings | None = None) -> Has
     known = " or ".join(f"{table_size(grid):,}" for grid in ((said,) if said else GRIDS))
     raise UsageError(f"the table {key} has {count:,} numbers, expected {known}: give the HashGridSettings that it was trained with")
 
-# %% ../../nbs/09_generator/05_lightning.ipynb #dcc57d24
+# %% ../../nbs/09_generator/05_lightning.ipynb #4c9cf37d
 @dataclass(frozen=True)
 class HyperShape:
     "A hypernetwork's sizes."
@@ -124,7 +124,7 @@ def hyper_key(key: str) -> str:
             return key.replace(f"weight{old}", f"parametrizations.weight{new}")
     return key
 
-# %% ../../nbs/09_generator/05_lightning.ipynb #1d5324af
+# %% ../../nbs/09_generator/05_lightning.ipynb #76d7c977
 @dataclass(frozen=True)
 class PromptedMapSettings:
     "An environment map by a hypernetwork."

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['import_settings', 'account', 'import_run']
 
-# %% ../../nbs/11_train/04_import_run.ipynb #80b90447
+# %% ../../nbs/11_train/04_import_run.ipynb #6a0cd299
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +19,7 @@ from .settings import DistillSettings, TrainSettings, paper
 from .step import Run, build
 from .trainer import check_folder, start_folder
 
-# %% ../../nbs/11_train/04_import_run.ipynb #dbc58039
+# %% ../../nbs/11_train/04_import_run.ipynb #d7f0d6b6
 def import_settings(found: Imported, prior: str, corpus: str, device: str = "cpu") -> TrainSettings:
     "Of the run folder that imported weights get."
     start = paper()
@@ -34,7 +34,7 @@ def account(found: Imported) -> str:
     left = "; ".join(f"{count} {what}" for what, count in Counter(found.left.values()).items())
     return f"{found.release.name} after {found.step} steps: {len(found.mapped)} tensors taken" + (f", {len(found.left)} left over ({left})" if left else "")
 
-# %% ../../nbs/11_train/04_import_run.ipynb #f68d577d
+# %% ../../nbs/11_train/04_import_run.ipynb #23aa490a
 def import_run(path: str | Path, out: str | Path, prior: str, corpus: str, device: str = "cpu") -> tuple[Run, Imported]:
     "A run folder with the weights of a released checkpoint. Raises `UsageError` or `RunError` where it cannot be made."
     found, folder = import_weights(path), Path(out)
