@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['import_settings', 'account', 'import_run']
 
-# %% ../../nbs/11_train/04_import_run.ipynb #6a0cd299
+# %% ../../nbs/11_train/04_import_run.ipynb #5d036e61
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
-from ..core.settings import write_json_atomic
+from ..core.settings import UsageError, write_json_atomic
 from ..core.tensors import best_device
 from ..generator.weights import Imported, import_weights
 from ..text.corpora import load_corpus
@@ -19,7 +19,7 @@ from .settings import DistillSettings, TrainSettings, paper
 from .step import Run, build
 from .trainer import check_folder, start_folder
 
-# %% ../../nbs/11_train/04_import_run.ipynb #d7f0d6b6
+# %% ../../nbs/11_train/04_import_run.ipynb #3c741306
 def import_settings(found: Imported, prior: str, corpus: str, device: str = "cpu") -> TrainSettings:
     "Of the run folder that imported weights get."
     start = paper()
@@ -34,11 +34,12 @@ def account(found: Imported) -> str:
     left = "; ".join(f"{count} {what}" for what, count in Counter(found.left.values()).items())
     return f"{found.release.name} after {found.step} steps: {len(found.mapped)} tensors taken" + (f", {len(found.left)} left over ({left})" if left else "")
 
-# %% ../../nbs/11_train/04_import_run.ipynb #23aa490a
+# %% ../../nbs/11_train/04_import_run.ipynb #bec21622
 def import_run(path: str | Path, out: str | Path, prior: str, corpus: str, device: str = "cpu") -> tuple[Run, Imported]:
     "A run folder with the weights of a released checkpoint. Raises `UsageError` or `RunError` where it cannot be made."
     found, folder = import_weights(path), Path(out)
     settings, prompts = import_settings(found, prior, corpus, device), load_corpus(corpus)
+    if folder.is_dir() and any(folder.iterdir()): raise UsageError(f"{folder} exists and is not empty: give another --out")
     check_folder(folder, settings, prompts, resume=False)
     run = build(folder, settings, prompts)
     run.generator.load_state_dict(found.generator.state_dict())
