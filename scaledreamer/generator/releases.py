@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['cube_radius', 'hyper_ingp_settings', 'ingp_settings', 'ingp_key']
 
-# %% ../../nbs/09_generator/06_releases.ipynb #34930e84
+# %% ../../nbs/09_generator/06_releases.ipynb #71326c34
 from dataclasses import replace
 
 from ..core.settings import RunError
@@ -14,7 +14,7 @@ from .hyper_ingp import HyperINGPSettings
 from .ingp import INGPSettings
 from .lightning import TABLE, State, decoder_width, grid_of, hyper_shape, needed
 
-# %% ../../nbs/09_generator/06_releases.ipynb #f458e321
+# %% ../../nbs/09_generator/06_releases.ipynb #82e4e452
 def cube_radius(state: State, usual: float) -> float:
     "Half the side of the cube, from its corners; `usual` where the checkpoint does not hold them. Raises `RunError` for another box."
     if "geometry.bbox" not in state: return usual
@@ -23,14 +23,14 @@ def cube_radius(state: State, usual: float) -> float:
         raise RunError(f"geometry.bbox goes from {low} to {high}: expected a cube around the origin")
     return high[0]
 
-# %% ../../nbs/09_generator/06_releases.ipynb #4101ec75
+# %% ../../nbs/09_generator/06_releases.ipynb #fe791663
 def hyper_ingp_settings(state: State, grid: HashGridSettings | None = None) -> HyperINGPSettings:
     "Of Hyper-iNGP."
     hyper, grid = hyper_shape(state, "geometry.hypernet."), grid_of(state, f"geometry.{TABLE}", grid)
     return replace(HyperINGPSettings.paper(), grid=grid, radius=cube_radius(state, 2.0), width=decoder_width(hyper.outputs, 2 * grid.levels * grid.features + 4, "geometry.hypernet"),
                    text_width=hyper.text_width, hidden=hyper.hidden, hidden_layers=hyper.hidden_layers, spectral_norm=hyper.spectral_norm)
 
-# %% ../../nbs/09_generator/06_releases.ipynb #c64f5133
+# %% ../../nbs/09_generator/06_releases.ipynb #82f35d38
 def ingp_settings(state: State, grid: HashGridSettings | None = None) -> INGPSettings:
     "Of the prompt-specific density."
     grid, first = grid_of(state, f"geometry.{TABLE}", grid), needed(state, "geometry.density_network.layers.0.weight")
