@@ -36,14 +36,14 @@ def load_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor])
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 # %% ../../nbs/11_train/01_checkpoints.ipynb #83ed299c
-def save_checkpoint(folder: Path, step: int, generator: nn.Module, optimizer: torch.optim.Optimizer, estimator: EstimatorTrainer | None = None) -> Path:
+def save_checkpoint(folder: Path, step: int, generator: nn.Module, optimizer: torch.optim.Optimizer | None, estimator: EstimatorTrainer | None = None) -> Path:
     "Write `folder/<step>`, whole or not at all. Raises RunError where it cannot be; earlier checkpoints stay."
     final, partial = folder / f"{step:06d}", folder / f".{step:06d}"
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         save_file({k: v.contiguous() for k, v in generator.state_dict().items()}, partial / "generator.safetensors")
-        save_file(optimizer_tensors(optimizer), partial / "optimizer.safetensors")
+        if optimizer is not None: save_file(optimizer_tensors(optimizer), partial / "optimizer.safetensors")
         if estimator is not None:
             save_file({k: v.detach().contiguous() for k, v in estimator.estimator.state_dict().items()}, partial / "estimator.safetensors")
             save_file(optimizer_tensors(estimator.optimizer), partial / "estimator_optimizer.safetensors")

@@ -13,9 +13,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
+import tyro
 from torch import nn
 
 from ..camera.poses import CameraSettings, FramedCameras, SingleCameras
@@ -30,6 +31,7 @@ from ..generator.conv3d import Conv3D, Conv3DSettings
 from ..generator.hyper_ingp import HyperINGP, HyperINGPSettings, release_background
 from ..generator.ingp import INGP, INGPSettings
 from ..generator.triplane import Triplane, TriplaneSettings
+from ..generator.weights import ReleasedSettings
 from ..prior.base import Prior
 from ..prior.stable_diffusion import StableDiffusionPrior
 from ..prior.toybox_mixture import toybox_mixture
@@ -115,6 +117,7 @@ class TrainSettings:
     optim: OptimSettings = field(default_factory=OptimSettings)
     cameras: FramedCameras | SingleCameras = field(default_factory=FramedCameras)
     render: RenderSettings = field(default_factory=lambda: RenderSettings(beta=1 / 60, bound=0.7, gradients=512))
+    released: Annotated[ReleasedSettings | None, tyro.conf.Suppress] = None  # shapes of imported weights, in place of the generator's preset
 
     def __post_init__(self):
         for name in ("steps", "prompts", "views", "resolution", "log_every", "validate_every", "checkpoint_every"):
@@ -191,4 +194,9 @@ def make_generator(settings: TrainSettings, text_width: int) -> nn.Module:
     "A fresh generator for texts of `text_width`, started from the seed."
     check_generator_name(settings)
     torch.manual_seed(settings.seed)
+    if settings.released:
+        if settings.released.text_widths - {text_width}:
+            raise UsageError(f"the released generator reads text of width {' and '.join(map(str, settings.released.text_widths))}, prior {settings.prior} gives {text_width}: "
+                             "give the prior that it was trained with, e.g. --prior stabilityai/stable-diffusion-2-1-base")
+        return settings.released.make().to(settings.device)
     return GENERATORS[settings.generator](text_width).to(settings.device)

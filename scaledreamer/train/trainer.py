@@ -44,6 +44,7 @@ def open_run(folder: str | Path, step: int | None = None) -> Run:
     if settings.device not in devices(): settings = replace(settings, device=str(best_device()))
     run = build(folder, settings, read_manifest(folder / "prompts.jsonl"))
     run.step = load_checkpoint(folder / "checkpoints" / f"{step:06d}", run.generator, estimator=run.estimator)
+    run.generator.eval()
     return run
 
 # %% ../../nbs/11_train/03_trainer.ipynb #76a50183
