@@ -79,7 +79,7 @@ class LossSettings:
                 "eikonal": LinearSchedule(0, self.eikonal_start, self.eikonal, max(1.0, 0.1 * steps))(step)}
 
 
-RATES = {"triplane": 1e-3}  # by the generator; 3e-3 empties its scenes
+RATES = {"conv3d": 1e-3, "triplane": 1e-3}  # 3e-3 of all others empties the scenes of triplane
 
 
 @dataclass(frozen=True)
