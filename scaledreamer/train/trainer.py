@@ -147,7 +147,7 @@ def train(folder: str | Path, settings: TrainSettings, resume: bool = False, on_
     check_folder(folder, settings, prompts, resume)
     run = build(folder, settings, prompts)
     start_folder(run)
-    optimizer = torch.optim.Adam(run.generator.parameters(), settings.optim.lr_at(0, settings.steps, settings.generator), settings.optim.betas, settings.optim.eps, fused=settings.device == "cpu")
+    optimizer = torch.optim.Adam(run.generator.parameters(), settings.optim.lr, settings.optim.betas, settings.optim.eps, fused=settings.device == "cpu")
     if steps := checkpoint_steps(folder / "checkpoints"):
         run.step = load_checkpoint(folder / "checkpoints" / f"{steps[-1]:06d}", run.generator, optimizer, run.estimator)
     keep_metrics(folder / "metrics.jsonl", first := run.step)
