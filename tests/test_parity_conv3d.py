@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 
 from scaledreamer.field.background import EnvironmentMap
 from scaledreamer.generator.conv3d import Conv3D, Conv3DSettings
+from scaledreamer.generator.releases import conv3d_key
 from scaledreamer.prior.base import TextEmbedding
 
 PARITY = Path(__file__).parent / "parity"
@@ -23,11 +24,7 @@ def fixture(name):
 
 def our_key(key):
     "The release's name of a parameter, less `geometry.`, to ours; None for its buffers, which we have no use for."
-    if key == "bbox" or key.endswith(("noise_const", "w_avg")):
-        return None
-    for old, new in (("space_generator.", ""), ("torgb", "to_features"), ("sdf_network", "shape_decoder"), ("feature_network", "color_decoder")):
-        key = key.replace(old, new)
-    return key
+    return None if key == "bbox" or key.endswith(("noise_const", "w_avg")) else conv3d_key(key)
 
 
 def settings_of(meta):

@@ -16,6 +16,7 @@ from scaledreamer.field.levels import HashGridSettings
 from scaledreamer.generator.base import FieldScene, PromptedBackground, background_of, to_unit
 from scaledreamer.generator.hyper_ingp import HyperINGP, HyperINGPSettings, HyperNetwork, release_background
 from scaledreamer.generator.ingp import INGP, INGPSettings
+from scaledreamer.generator.lightning import hyper_key
 from scaledreamer.prior.base import TextEmbedding
 
 PARITY = Path(__file__).parent / "parity"
@@ -31,14 +32,6 @@ def grid_of(settings):
     return HashGridSettings(
         grid["n_levels"], grid["n_features_per_level"], grid["log2_hashmap_size"], grid["base_resolution"], grid["per_level_scale"]
     )
-
-
-def hyper_key(key):
-    "The release's name of a hypernetwork tensor to ours: they differ in how torch's old and new spectral norm call their tensors."
-    for old, new in (("_orig", ".original"), ("_u", ".0._u"), ("_v", ".0._v")):
-        if key.endswith(f"weight{old}"):
-            return key.replace(f"weight{old}", f"parametrizations.weight{new}")
-    return key
 
 
 class Release:

@@ -15,6 +15,7 @@ from scaledreamer.core.scene_checks import check_generator
 from scaledreamer.core.settings import UsageError, from_json, to_json
 from scaledreamer.field.background import EnvironmentMap, wide_sigmoid
 from scaledreamer.generator.base import Generator
+from scaledreamer.generator.releases import triplane_key
 from scaledreamer.generator.triplane import Triplane, TriplaneSettings, look_up
 from scaledreamer.prior.base import TextEmbedding
 from scaledreamer.render.settings import RELEASE
@@ -23,17 +24,6 @@ from scaledreamer.train.settings import GENERATORS
 
 PARITY = Path(__file__).parent / "parity"
 NAMES = ("04_triplane_a_local", "04_triplane_b_global")
-RENAMED = {
-    "space_generator.": "transformer.", "to_out.0.": "to_out.", "sdf_network.": "shape_decoder.", "feature_network.": "color_decoder.",
-    "mlp.0.": "mlp.widen.", "mlp.1.": "mlp.widen.", "mlp.3.": "mlp.narrow.",
-}  # fmt: skip
-
-
-def our_key(key):
-    "The release's name of a tensor, less the checkpoint's `geometry.`, to ours."
-    for theirs, ours in RENAMED.items():
-        key = key.replace(theirs, ours)
-    return key
 
 
 def fixture(name):
@@ -55,7 +45,7 @@ def released(name, **changes):
     "The fixture's generator with its weights, every one of them, and its text."
     meta, t = fixture(name)
     model = Triplane(replace(settings_of(meta["settings"]), **changes))
-    model.load_state_dict({our_key(k.removeprefix("weights/")): v for k, v in t.items() if k.startswith("weights/") and "bbox" not in k})
+    model.load_state_dict({triplane_key(k.removeprefix("weights/")): v for k, v in t.items() if k.startswith("weights/") and "bbox" not in k})
     text = t["text"].requires_grad_()
     return meta, t, model, TextEmbedding(text, text.mean(1)) if text.ndim == 3 else TextEmbedding(text[:, None].detach(), text)
 
@@ -78,11 +68,11 @@ def test_values_and_gradients(name, checkpoint):
     loss = (sdf * t["loss_r_sdf"].view_as(sdf)).sum() + (features * t["loss_r_features"].view_as(features)).sum()
     torch.testing.assert_close(loss[None], t["loss"], rtol=1e-4, atol=1e-4)
     loss.backward()
-    torch.testing.assert_close(t["text"].grad, t["grad_text"], rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(t["text"].grad, t["grad_text"], rtol=1e-3, atol=0)
     ours, norms = dict(model.named_parameters()), meta["grad_norm_per_parameter"]
-    assert ours.keys() == {our_key(key) for key in norms}
+    assert ours.keys() == {triplane_key(key) for key in norms}
     for key, norm in norms.items():
-        assert ours[our_key(key)].grad.norm().item() == pytest.approx(norm, rel=1e-3), key
+        assert ours[triplane_key(key)].grad.norm().item() == pytest.approx(norm, rel=1e-3), key
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -100,7 +90,7 @@ def render_fixture():
     "Two prompts of two views each through the release's renderer."
     meta, t = fixture("05b_render_triplane")
     model = Triplane(settings_of(meta["settings"]["geometry"]), background=EnvironmentMap(squash=wide_sigmoid))
-    named = {our_key(key.removeprefix("weights/geometry.")): v for key, v in t.items() if key.startswith("weights/geometry.") and "bbox" not in key}
+    named = {triplane_key(key.removeprefix("weights/geometry.")): v for key, v in t.items() if key.startswith("weights/geometry.") and "bbox" not in key}
     prefix = "weights/background.network."
     named |= {f"background.{key.removeprefix(prefix)}": v for key, v in t.items() if key.startswith(prefix)}
     model.load_state_dict(named)
@@ -133,7 +123,7 @@ def test_render_with_gradients(monkeypatch):
     ours = dict(model.named_parameters())
     for key, norm in meta["grad_norm_per_parameter"].items():
         if norm is not None:  # the encoding of directions has no parameter
-            name = our_key(key.removeprefix("geometry.")).replace("background.network.", "background.")
+            name = triplane_key(key.removeprefix("geometry.")).replace("background.network.", "background.")
             assert ours[name].grad.norm().item() == pytest.approx(norm, rel=2e-2), key
 
 
@@ -156,7 +146,7 @@ def test_full_size():
         model = Triplane(TriplaneSettings.paper())
     values, first = {}, meta["first_values_check"]
     for key, (offset, amplitude) in meta["offset_amplitude"].items():
-        name = our_key(key.removeprefix("geometry."))
+        name = triplane_key(key.removeprefix("geometry."))
         shape = model.get_parameter(name).shape
         values[name] = formula(key, shape.numel(), meta["salt"], offset, amplitude).view(shape)
         if key in first:
@@ -181,7 +171,7 @@ def test_parameters_to_the_unit():
         model = GENERATORS["triplane-paper"](1024)
     shapes = {key: tuple(p.shape) for key, p in model.named_parameters() if not key.startswith("background.")}
     entries = {key.removeprefix("geometry."): entry for key, entry in meta["state_dict"].items() if key.startswith("geometry.")}
-    assert shapes == {our_key(key): tuple(entry["shape"]) for key, entry in entries.items() if entry["kind"] == "parameter"}
+    assert shapes == {triplane_key(key): tuple(entry["shape"]) for key, entry in entries.items() if entry["kind"] == "parameter"}
     counts = {key: sum(p.numel() for p in part.parameters()) for key, part in model.named_children()}
     assert counts == {"transformer": 120_543_744, "shape_decoder": 10_304, "color_decoder": 10_432, "background": 448}
     by_prefix = meta["n_parameters_by_prefix"]

@@ -10,6 +10,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -23,7 +24,7 @@ from safetensors.torch import save_file
 
 from ..core.figures import curves
 from ..core.settings import RunError, UsageError, obstacle, replacing
-from ..core.tensors import best_device
+from ..core.tensors import best_device, threads
 from ..curve.error import ErrorCurve
 from ..curve.images import CurveProtocol, PriorSamples, ToyboxRenders
 from ..curve.measure import ImageBatch, measure_curve
@@ -190,8 +191,8 @@ class Toy:
         given = {"count": count, "settings": replace(own, eta=self.eta, shift=self.shift), "keep": partial(save_study, path=result)}
         methods = methods_of(self.methods, prior, count, self.guidance, exact=points)
         fresh(result)
-        if points: torch.set_num_threads(1)  # a second thread costs such small tensors more than it brings
-        try: study = run_points(methods, seeds, prior, **given) if points else run_images(methods, seeds, prior, self.text, **given)
+        try:
+            with threads(1) if points else nullcontext(): study = run_points(methods, seeds, prior, **given) if points else run_images(methods, seeds, prior, self.text, **given)
         except KeyboardInterrupt: raise Stopped(f"stopped; the seeds that were done are in {result}" if result.exists() else "stopped before the first seed was done: nothing is kept") from None
         save_figure(draw_study(study), self.out / "series.png")
         save_figure(draw_end(study), self.out / "end.png")

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from ..core.settings import UsageError
+from .decoders import check_prompts
 
 # %% ../../nbs/07_field/07_voxels.ipynb #1ee59fc5
 class Equalised(nn.Module):
@@ -51,7 +51,6 @@ def doubled(x: Float[Tensor, "b c d h w"]) -> Float[Tensor, "b c d2 h2 w2"]:
 # %% ../../nbs/07_field/07_voxels.ipynb #c71bd0b3
 def at_points(voxels: Float[Tensor, "b f d h w"], points: Float[Tensor, "p n 3"]) -> Float[Tensor, "p n f"]:
     "Features at points of the cube [-1, 1]^3. Raises `UsageError` where voxels and points disagree about the prompts."
-    if len(voxels) != len(points):
-        raise UsageError(f"points of {len(points)} prompts asked of a scene of {len(voxels)}: expected one row of points a prompt")
+    check_prompts(points, voxels)
     sampled = nn.functional.grid_sample(voxels, points[:, :, None, None].to(voxels), align_corners=False)
     return sampled[..., 0, 0].mT

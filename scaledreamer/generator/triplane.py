@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..core.settings import UsageError
 from ..field.background import SolidBackground, wide_sigmoid
-from ..field.decoders import MLPDecoder
+from ..field.decoders import MLPDecoder, check_prompts
 from .base import Background, FieldScene, background_of, check_text_width, text_vector
 from ..prior.base import TextEmbedding
 
@@ -140,8 +140,7 @@ def look_up(
     radius: float,  # half the side of the cube
 ) -> Float[Tensor, "b n f"]:
     "What the three planes hold at each point, f = 3 c. Raises `UsageError` for points of another number of prompts."
-    if len(points) != len(planes):
-        raise UsageError(f"points of {len(points)} prompts asked of a scene of {len(planes)}: expected one row of points a prompt")
+    check_prompts(points, planes)
     where = torch.stack([points[..., axes] for axes in PLANES], 1).to(planes) / radius
     found = grid_sample(planes.flatten(0, 1), where.flatten(0, 1)[:, :, None], align_corners=False)
     return found[..., 0].unflatten(0, (-1, 3)).flatten(1, 2).mT
