@@ -138,6 +138,7 @@ class Conv3DSettings:
     pooling: Pooling = "pooled"
     seed: int = 0  # of the z that is used where none is given
     gain: float = 0.1  # of the features as the decoders see them; 1 as released
+    lr_scale: float = 1 / 3  # of the trainer's learning rate, which suits a hash grid
 
     def __post_init__(self):
         if not self.channels or min(self.channels) < 1 or self.noise < 1:
@@ -146,7 +147,7 @@ class Conv3DSettings:
     @classmethod
     def paper(cls, multiplier: int = 1) -> Self:
         "The release: 88.7 million parameters; multiplier 2: 144.8 million."
-        return cls((512, 512, 512, *(multiplier * c for c in (256, 128, 64))), features=32, noise=64, mapped=256, radius=2.0, sphere=0.8, text_width=1024, gain=1.0)
+        return cls((512, 512, 512, *(multiplier * c for c in (256, 128, 64))), features=32, noise=64, mapped=256, radius=2.0, sphere=0.8, text_width=1024, gain=1.0, lr_scale=1.0)
 
 # %% ../../nbs/09_generator/03_conv3d.ipynb #00526fc6
 class Conv3D(nn.Module):
@@ -155,7 +156,7 @@ class Conv3D(nn.Module):
     def __init__(self, settings: Conv3DSettings = Conv3DSettings(), background: Background | None = None):  # white when None
         super().__init__()
         s = self.settings = settings
-        self.noise = s.noise  # training draws so many numbers a prompt
+        self.noise, self.lr_scale = s.noise, s.lr_scale  # training draws so many numbers a prompt, and follows so much of its rate
         self.mapping = Mapping(s.noise, s.text_width, s.mapped, s.mapping_layers)
         self.synthesis = Synthesis(s.channels, s.features, s.mapped, s.bias_side)
         self.shape_decoder = MLPDecoder((s.features, s.width, 1))

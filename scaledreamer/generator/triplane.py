@@ -64,6 +64,7 @@ class TriplaneSettings:
     sphere: float = 0.5  # r0, world units
     wide_colors: bool = False  # in (-.001, 1.001)
     checkpoint: bool = False  # layers run again in the backward pass instead of being kept: less memory, same result
+    lr_scale: float = 1 / 3  # of the trainer's learning rate, which suits a hash grid
 
     def __post_init__(self):
         if self.text not in ("tokens", "mean", "pooled"):
@@ -74,7 +75,7 @@ class TriplaneSettings:
     @classmethod
     def paper(cls) -> Self:
         "The release: 120.6 million parameters."
-        return cls(32, 32, 768, 12, 16, text_width=1024, masked=False, radius=2.0, sphere=0.8, wide_colors=True)
+        return cls(32, 32, 768, 12, 16, text_width=1024, masked=False, radius=2.0, sphere=0.8, wide_colors=True, lr_scale=0.05)
 
 # %% ../../nbs/09_generator/04_triplane.ipynb #060d6d9d
 class TriplaneLayer(nn.Module):
@@ -151,7 +152,7 @@ class Triplane(nn.Module):
 
     def __init__(self, settings: TriplaneSettings = TriplaneSettings(), background: Background | None = None):  # white when None
         super().__init__()
-        self.settings = settings
+        self.settings, self.lr_scale = settings, settings.lr_scale
         self.transformer = TriplaneTransformer(settings)
         self.shape_decoder, self.color_decoder = (MLPDecoder((3 * settings.channels, *settings.decoder, out)) for out in (1, 3))
         self.background = SolidBackground() if background is None else background

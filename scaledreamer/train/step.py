@@ -180,7 +180,7 @@ def training_step(run: Run, optimizer: torch.optim.Optimizer, texts: TextEmbeddi
         bad = [name for name, loss in losses.items() if not math.isfinite(float(loss.detach()))]
         raise RunError(f"step {run.step}: {', '.join(bad) or 'the gradient'} is not finite; the checkpoints are intact: start anew with a lower --optim.lr or --distill.guidance")
     learnt = fit_estimator(run, latents, prompts, cameras, rng)
-    for group in optimizer.param_groups: group["lr"] = s.optim.lr_at(run.step, s.steps)
+    for group in optimizer.param_groups: group["lr"] = s.optim.lr_at(run.step, s.steps) * getattr(run.generator, "lr_scale", 1.0)
     optimizer.step()
     return {f"loss_{name}": float(loss.detach()) for name, loss in losses.items()} | learnt | {
         "gradient_norm": float(score.gradient.flatten(1).norm(dim=1).mean()), "opacity": float(seen.opacity.detach().mean()),
