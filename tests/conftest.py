@@ -7,8 +7,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("MPLBACKEND", "Agg")
 
+import pytest
 from hypothesis import settings
-from jaxtyping import _import_hook, install_import_hook
+from jaxtyping import _import_hook, config, install_import_hook
 
 settings.register_profile("house", deadline=None, derandomize=True)  # the same examples every time; a busy machine is no failure
 settings.load_profile("house")
@@ -25,3 +26,11 @@ def _is_unchecked(decorator: ast.expr) -> bool:
 
 _import_hook._is_no_type_check = _is_unchecked
 install_import_hook("scaledreamer", "runtime_types.check")
+
+
+@pytest.fixture
+def traceable():
+    "The annotations unchecked: torch.compile would trace every check, for minutes."
+    config.update("jaxtyping_disable", True)
+    yield
+    config.update("jaxtyping_disable", False)

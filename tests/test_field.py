@@ -14,13 +14,13 @@ from hypothesis import strategies as st
 from scaledreamer.core.scene_checks import check_scene
 from scaledreamer.core.settings import UsageError
 from scaledreamer.core.tensors import generator
-from scaledreamer.field import walk
+from scaledreamer.field import compiled_grid
 from scaledreamer.field.background import BackgroundAugmentation, EnvironmentMap, SolidBackground, augment_background, prompted_colors
 from scaledreamer.field.density import released_beta, volsdf_density
 from scaledreamer.field.encodings import HashGrid, HashGridSettings, spherical_harmonics
 from scaledreamer.field.levels import encode_torch, grid_levels, vertex_index
 from scaledreamer.field.scene import FogScene, SphereScene
-from scaledreamer.field.walk import encode_compiled
+from scaledreamer.field.compiled_grid import encode_compiled
 
 SMALL = HashGridSettings(levels=5, log2_size=7, base=3, scale=1.7)
 
@@ -204,7 +204,7 @@ def test_without_a_place_for_machine_code(monkeypatch):
         return njit(*args, **options)
 
     monkeypatch.setattr(numba, "njit", homeless)
-    built = walk.compiled.__wrapped__()
+    built = compiled_grid.compiled.__wrapped__()
     assert isinstance(built, SimpleNamespace) and set(vars(built)) == {"read", "add", "slope"}
 
 

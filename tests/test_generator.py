@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import settings as runs
 from hypothesis import strategies as st
 
-from scaledreamer.core.scene_checks import check_generator, check_scene
+from scaledreamer.core.generator_checks import check_generator
+from scaledreamer.core.scene_checks import check_scene
 from scaledreamer.core.settings import UsageError, from_json, to_json
 from scaledreamer.field import decoders
 from scaledreamer.field.background import SolidBackground
@@ -56,7 +57,7 @@ def shape_of(scene, points):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_contract(name):
+def test_contract(name, traceable):
     model, text = grown(name), texts(3)
     assert isinstance(model, Generator)
     scene = model(text)
@@ -179,7 +180,7 @@ def test_state_round_trip(name):
         model.settings.radius = 3.0
 
 
-def test_own_hypernetwork_and_background():
+def test_own_hypernetwork_and_background(traceable):
     count = 6 * 5 + 5 * 1 + 6 * 5 + 5 * 3
     model = HyperINGP(SMALL, hypernetwork=torch.nn.Linear(6, count), background=SolidBackground((0.1, 0.2, 0.3)))
     check_generator(model, texts(2))

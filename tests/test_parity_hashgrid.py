@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from scaledreamer.field.encodings import HashGrid, HashGridSettings, spherical_harmonics
 from scaledreamer.field.levels import encode_torch, grid_levels
-from scaledreamer.field.walk import encode_compiled
+from scaledreamer.field.compiled_grid import encode_compiled
 
 PARITY = Path(__file__).parent / "parity"
 NAMES = sorted(path.stem for path in PARITY.glob("01_hashgrid_*.json"))

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from scaledreamer.camera.rays import Rays
-from scaledreamer.core.scene_checks import check_generator
+from scaledreamer.core.generator_checks import check_generator
 from scaledreamer.core.settings import UsageError, from_json, to_json
 from scaledreamer.field.background import EnvironmentMap, wide_sigmoid
 from scaledreamer.generator.base import Generator
@@ -201,7 +201,7 @@ def texts(b, width=6):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_contract(kind):
+def test_contract(kind, traceable):
     "Prompts do not mix: a batch is as many runs of one, in any order; every parameter gets a gradient."
     model = Triplane(KINDS[kind], background=EnvironmentMap())
     assert isinstance(model, Generator)

@@ -64,7 +64,7 @@ class TriplaneSettings:
     sphere: float = 0.5  # r0, world units
     wide_colors: bool = False  # in (-.001, 1.001)
     checkpoint: bool = False  # layers run again in the backward pass instead of being kept: less memory, same result
-    lr_scale: float = 1 / 3  # of the trainer's learning rate, which suits a hash grid
+    lr_scale: float = 0.1  # of the trainer's learning rate, which suits a hash grid
 
     def __post_init__(self):
         if self.text not in ("tokens", "mean", "pooled"):
