@@ -10,10 +10,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 from scaledreamer.commands.cli import main
 from scaledreamer.core.settings import RunError, UsageError, from_json, to_json
 from scaledreamer.distill.estimator import LoRAEstimator
+from scaledreamer.field.background import SolidBackground
+from scaledreamer.field.scene import SphereScene
+from scaledreamer.generator.base import text_vector
 from scaledreamer.train.checkpoints import checkpoint_steps
 from scaledreamer.text.corpora import number
 from scaledreamer.train.settings import DistillSettings, TrainSettings, make_prior, paper, read_settings
@@ -125,6 +129,67 @@ def test_runs_from_before_a_setting_still_open_and_resume(settings, tmp_path):
     with pytest.raises(UsageError, match="was started with seed = 0, not 1"):
         train(tmp_path / "run", replace(settings, seed=1), resume=True, show=False)
     assert train(tmp_path / "run", settings, resume=True, show=False).step == 4
+
+
+class Ball(nn.Module):
+    "A generator of one's own: a ball a text, with all three things that training asks for."
+    lr_scale, noise, background = 0.5, 2, SolidBackground()
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.read, self.noises = nn.Linear(width, 4), []
+        self.register_buffer("corpus", torch.zeros(()))
+
+    def standardise(self, text):
+        self.corpus.fill_(len(text))
+
+    def forward(self, text, z=None):
+        if self.training:
+            self.noises.append(z)
+        size, color = self.read(text_vector(text, "mean")).sigmoid().split((1, 3), -1)
+        return SphereScene(0.3 + 0.2 * size[:, 0], colors=color)
+
+
+@pytest.fixture(scope="module")
+def own(settings):
+    return replace(settings, generator="my balls")
+
+
+def test_a_generator_of_ones_own_trains_resumes_and_opens(own, tmp_path):
+    whole, done = train(tmp_path / "whole", own, show=False, make=Ball), []
+    torch.rand(7)  # whatever was drawn before, it starts from the seed
+    cut = train(tmp_path / "cut", own, stop=lambda: len(done) == 3, on_step=lambda step, metrics: done.append(step), show=False, make=Ball)
+    assert cut.step == 3 and cut.generator.corpus == 2
+    assert [tuple(z.shape) for z in cut.generator.noises] == [(2, 2)] * 3
+    resumed = train(tmp_path / "cut", own, resume=True, show=False, make=Ball)
+    assert resumed.step == 4 and (tmp_path / "cut/metrics.jsonl").read_bytes() == (tmp_path / "whole/metrics.jsonl").read_bytes()
+    rows = [json.loads(line) for line in (tmp_path / "whole/metrics.jsonl").read_text().splitlines()]
+    assert [row["lr"] for row in rows] == [own.optim.lr_at(step, own.steps) / 2 for step in range(4)]
+    torch.manual_seed(own.seed)
+    fresh, opened = Ball(whole.generator.read.in_features), open_run(tmp_path / "cut", make=Ball)
+    assert isinstance(opened.generator, Ball) and opened.settings.generator == "my balls"
+    for a, b, start in zip(whole.generator.parameters(), opened.generator.parameters(), fresh.parameters()):
+        assert torch.equal(a, b) and not torch.equal(a, start)
+    points = torch.rand(1, 9, 3)
+    assert torch.equal(opened.scene(["a blue cube"]).sdf(points), whole.scene(["a blue cube"]).sdf(points))
+    assert open_run(tmp_path / "cut", step=3, make=Ball).step == 3
+
+
+def test_only_who_made_it_opens_a_generator_of_ones_own(own, settings, tmp_path, capsys):
+    train(tmp_path / "run", own, show=False, make=Ball)
+    sentence = r"run was trained with a generator of your own, 'my balls', which no command can make again: open it in Python, with open_run\(folder, make=...\)"
+    with pytest.raises(UsageError, match=sentence):
+        open_run(tmp_path / "run")
+    for argv in (["evaluate", str(tmp_path / "run")], ["export", str(tmp_path / "run"), "--prompt", "0000", "--to", str(tmp_path / "x.glb")]):
+        assert main(argv) == 2
+        assert re.fullmatch(rf"scaledreamer: \S+{sentence}\n", capsys.readouterr().err)
+    with pytest.raises(RunError, match="is of another generator: corpus is"):
+        open_run(tmp_path / "run", make=lambda width: nn.ModuleDict({"read": nn.Linear(width, 3)}))
+    with pytest.raises(UsageError, match="no generator 'my balls': give one of hyper-ingp, .+, or, for one of your own, make= in Python"):
+        train(tmp_path / "run", own, resume=True, show=False)
+    with pytest.raises(UsageError, match="generator is 'hyper-ingp', which make= would replace: give yours a name that is none of hyper-ingp, "):
+        train(tmp_path / "new", settings, show=False, make=Ball)
+    assert not (tmp_path / "new").exists()
 
 
 def test_a_damaged_checkpoint_is_said_and_the_one_before_is_there(settings, tmp_path):

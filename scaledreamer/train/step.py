@@ -31,7 +31,7 @@ from ..render.regularisers import eikonal, opaque, sparsity
 from ..render.volume import Rendering, render
 from ..text.corpora import Prompt, number
 from ..text.views import perp_neg, view_embeddings
-from .settings import DistillSettings, TrainSettings, check_generator_name, make_estimator, make_generator, make_prior, method_of
+from .settings import DistillSettings, Make, TrainSettings, check_generator_name, make_estimator, make_generator, make_prior, method_of
 
 # %% ../../nbs/11_train/02_step.ipynb #68a1bfd8
 def epoch_order(seed: int, epoch: int, count: int) -> list[int]:
@@ -108,16 +108,16 @@ def longest(prompts: list[str], texts: TextEmbedding, most: int = 64) -> list[st
     return [prompts[i] for i in sizes.topk(min(most, len(prompts))).indices]
 
 
-def build(folder: Path, settings: TrainSettings, prompts: tuple[Prompt, ...]) -> Run:
-    "A run at step 0. Raises UsageError for words that name no part, before any part is made, and for texts that the prior cannot read whole with their view."
-    method_of(settings), check_generator_name(settings), settings.distill.law(), best_device(settings.device)
+def build(folder: Path, settings: TrainSettings, prompts: tuple[Prompt, ...], make: Make | None = None) -> Run:
+    "A run at step 0, with the generator of `make` where it is given. Raises UsageError for words that name no part, before any part is made, and for texts that the prior cannot read whole with their view."
+    method_of(settings), check_generator_name(settings, make), settings.distill.law(), best_device(settings.device)
     prior = make_prior(settings, prompts)
     trained = [prompt.text for prompt in prompts if prompt.split == "train"]
     texts = prior.encode_text(trained)
     long = longest(trained, texts)  # a view adds as many tokens to each
     front = orbit(1, prompts=len(long))
     with_own_texts(prior, conditioning(prior, long, front, settings.distill), long, front, settings)
-    generator = make_generator(settings, texts.tokens.shape[-1])
+    generator = make_generator(settings, texts.tokens.shape[-1], make)
     if hasattr(generator, "standardise"): generator.standardise(texts)
     return Run(folder, settings, prompts, prior, generator, estimator=make_estimator(settings, prior))
 

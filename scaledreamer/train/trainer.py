@@ -26,23 +26,25 @@ from ..core.tensors import best_device, devices, machine, peak_memory_gb
 from ..render.volume import render_views
 from ..text.corpora import Prompt, load_corpus, read_manifest, write_manifest
 from .checkpoints import checkpoint_steps, load_checkpoint, save_checkpoint
-from .settings import TrainSettings, read_settings
+from .settings import GENERATORS, Make, TrainSettings, read_settings
 from .step import Run, build, training_step
 
 # %% ../../nbs/11_train/03_trainer.ipynb #45209a7e
-def open_run(folder: str | Path, step: int | None = None) -> Run:
-    "A run folder with the weights of its last (or given) checkpoint, on its own device where that is here. Raises RunError for a folder that is no run or has no such checkpoint."
+def open_run(folder: str | Path, step: int | None = None, make: Make | None = None) -> Run:
+    "A run folder with the weights of its last (or given) checkpoint, on its own device where that is here; `make` is the one that it was trained with. Raises RunError for a folder that is no run or has no such checkpoint."
     folder = Path(folder)
     if not (folder / "config.json").exists(): raise RunError(f"{folder} is no run folder (it has no config.json): give the --out of a training run")
     try: settings = read_settings((folder / "config.json").read_text(encoding="utf-8"))
     except ValueError as error:
         raise RunError(f"{folder / 'config.json'} is damaged or of another version ({error}): train anew into another folder") from None
+    if not make and settings.generator not in GENERATORS:
+        raise UsageError(f"{folder} was trained with a generator of your own, {settings.generator!r}, which no command can make again: open it in Python, with open_run(folder, make=...)")
     steps = checkpoint_steps(folder / "checkpoints")
     if step is None and steps: step = steps[-1]
     if step not in steps:
         raise RunError(f"{folder} has {'no finished checkpoint' if not steps else f'no checkpoint {step}, only {steps}'}: train it, or go on with --resume")
     if settings.device not in devices(): settings = replace(settings, device=str(best_device()))
-    run = build(folder, settings, read_manifest(folder / "prompts.jsonl"))
+    run = build(folder, settings, read_manifest(folder / "prompts.jsonl"), make)
     run.step = load_checkpoint(folder / "checkpoints" / f"{step:06d}", run.generator, estimator=run.estimator)
     run.generator.eval()
     return run
@@ -140,12 +142,12 @@ def interruptible() -> Iterator[Callable[[], bool]]:
 
 # %% ../../nbs/11_train/03_trainer.ipynb #e38102a2
 def train(folder: str | Path, settings: TrainSettings, resume: bool = False, on_step: Callable[[int, dict[str, float]], None] | None = None,
-          stop: Callable[[], bool] = lambda: False, show: bool = True) -> Run:
-    "Train to `settings.steps`, or until `stop()`; returns the run. An interrupt saves a checkpoint, and is raised then."
+          stop: Callable[[], bool] = lambda: False, show: bool = True, make: Make | None = None) -> Run:
+    "Train to `settings.steps`, or until `stop()`; returns the run. With `make` (text width to generator) `settings.generator` is but a name for what it makes. An interrupt saves a checkpoint, and is raised then."
     folder, started = Path(folder), time.monotonic()
     settings, prompts = replace(settings, device=str(best_device(settings.device))), load_corpus(settings.corpus)
     check_folder(folder, settings, prompts, resume)
-    run = build(folder, settings, prompts)
+    run = build(folder, settings, prompts, make)
     start_folder(run)
     optimizer = torch.optim.Adam(run.generator.parameters(), settings.optim.lr, settings.optim.betas, settings.optim.eps, fused=settings.device == "cpu")
     if steps := checkpoint_steps(folder / "checkpoints"):
