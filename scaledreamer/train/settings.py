@@ -101,7 +101,7 @@ class TrainSettings:
     "A training run. `prior` and `corpus` may be names or paths."
     prior: str = "tiny-sd"  # tiny-sd, mixture, or a Stable Diffusion folder or hub id
     corpus: str = "toybox-15"  # toybox-15, toybox-800, or a .json or .txt file
-    generator: str = "hyper-ingp"  # hyper-ingp, conv3d or triplane, each also with -paper behind it, or ingp
+    generator: str = "hyper-ingp"  # hyper-ingp, conv3d or triplane, each also with -paper behind it, or ingp or ingp-density
     method: str = "asd"  # sds, csd, vsd, asd, nfsd, bridge, sdi, ism or esd
     steps: int = 3000
     seed: int = 0
@@ -183,7 +183,8 @@ GENERATORS: dict[str, Make] = {
     "conv3d-paper": lambda width: Conv3D(replace(Conv3DSettings.paper(), text_width=width), background=EnvironmentMap()),
     "triplane": lambda width: Triplane(TriplaneSettings(text_width=width)),
     "triplane-paper": lambda width: Triplane(replace(TriplaneSettings.paper(), text_width=width), background=EnvironmentMap(squash=wide_sigmoid)),
-    "ingp": lambda width: INGP(INGPSettings())}
+    "ingp": lambda width: INGP(INGPSettings()),
+    "ingp-density": lambda width: INGP(INGPSettings(form="density"))}
 
 
 def check_generator_name(settings: TrainSettings, make: Make | None = None) -> None:

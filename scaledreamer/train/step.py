@@ -25,9 +25,10 @@ from ..distill.gradient import prescribed_gradient_loss
 from ..distill.methods import ScoreGradient
 from ..distill.timesteps import sample_timesteps
 from ..distill.vsd import EstimatorTrainer
-from ..field.scene import Scene
+from ..field.scene import DensityScene, Scene
 from ..prior.base import Conditioning, Prior, TextEmbedding
 from ..render.regularisers import eikonal, opaque, sparsity
+from ..render.settings import is_cloud
 from ..render.volume import Rendering, render
 from ..text.corpora import Prompt, number
 from ..text.views import perp_neg, view_embeddings
@@ -95,10 +96,10 @@ class Run:
     @property
     def trained(self) -> list[Prompt]: return [prompt for prompt in self.prompts if prompt.split == "train"]
 
-    def scene(self, texts: list[str]) -> Scene:
+    def scene(self, texts: list[str] | TextEmbedding) -> Scene | DensityScene:
         "The scenes of any texts, in one batch; without what only training adds to them."
-        mode = self.generator.training
-        try: return self.generator.eval()(self.prior.encode_text(texts).to(self.settings.device))
+        embedded, mode = texts if isinstance(texts, TextEmbedding) else self.prior.encode_text(texts), self.generator.training
+        try: return self.generator.eval()(embedded.to(self.settings.device))
         finally: self.generator.train(mode)
 
 
@@ -148,13 +149,14 @@ def fit_estimator(run: Run, latents: Float[Tensor, "n c h w"], texts: list[str],
     return {"loss_estimator": run.estimator.step(run.prior.schedule, latents.detach(), plain, poses(cameras).to(latents), rng)}
 
 # %% ../../nbs/11_train/02_step.ipynb #6a5da1c2
-def regularisers(seen: Rendering, weights: dict[str, float]) -> dict[str, Tensor]:
-    "The weighted losses that keep shapes compact, opaque and distance-like."
-    terms = {"sparsity": lambda: sparsity(seen.opacity), "opaque": lambda: opaque(seen.opacity), "eikonal": lambda: eikonal(seen.sdf_gradient)}
-    return {name: weight * terms[name]() for name, weight in weights.items() if weight}
+def regularisers(seen: Rendering, weights: dict[str, float], cloud: bool = False) -> dict[str, Tensor]:
+    "The weighted losses that keep shapes compact, opaque and distance-like (clouds have no distance)."
+    terms = {"sparsity": lambda: sparsity(seen.opacity), "opaque": lambda: opaque(seen.opacity)}
+    if not cloud: terms["eikonal"] = lambda: eikonal(seen.sdf_gradient)
+    return {name: weights[name] * term() for name, term in terms.items() if weights[name]}
 
 
-def generated(generator: nn.Module, texts: TextEmbedding, rng: torch.Generator) -> Scene:
+def generated(generator: nn.Module, texts: TextEmbedding, rng: torch.Generator) -> Scene | DensityScene:
     "A step's scenes; a generator with `noise` gets so many normal numbers a prompt."
     width = getattr(generator, "noise", 0)
     return generator(texts, torch.randn(len(texts.tokens), width, generator=rng)) if width else generator(texts)
@@ -167,11 +169,12 @@ def training_step(run: Run, optimizer: torch.optim.Optimizer, texts: TextEmbeddi
     cameras = sample_cameras(s.cameras, s.prompts, s.views, rng)
     rays = camera_rays(cameras, s.resolution, s.resolution).to(s.device)
     background = random_backgrounds(s.prompts * s.views, rng).view(s.prompts, s.views, 3, 1, 1).to(s.device)
-    seen = render(generated(run.generator, texts[rows], rng), rays, s.render, background=background, generator=rng)
+    scene = generated(run.generator, texts[rows], rng)
+    seen = render(scene, rays, s.render, background=background, generator=rng)
     latents = run.prior.encode_image(seen.rgb.flatten(0, 1))
     prompts = [run.trained[i].text for i in rows]
     score, noise = distill(run, latents, prompts, cameras, rng)
-    losses = {s.method: prescribed_gradient_loss(latents, score.gradient)} | regularisers(seen, s.loss.at(run.step, s.steps))
+    losses = {s.method: prescribed_gradient_loss(latents, score.gradient)} | regularisers(seen, s.loss.at(run.step, s.steps), is_cloud(scene))
     total = torch.stack(list(losses.values())).sum()
     optimizer.zero_grad(set_to_none=True)
     total.backward()
