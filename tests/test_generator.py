@@ -18,7 +18,8 @@ from scaledreamer.field.decoders import mlp, mlp_plain
 from scaledreamer.field.levels import HashGridSettings
 from scaledreamer.field.scene import DensityScene, Scene
 from scaledreamer.generator.base import Generator, text_vector
-from scaledreamer.generator.hyper_ingp import HyperINGP, HyperINGPSettings, HyperNetwork, ResidualHyperNetwork, release_background
+from scaledreamer.field.hypernetworks import HyperNetwork, ResidualHyperNetwork
+from scaledreamer.generator.hyper_ingp import HyperINGP, HyperINGPSettings, release_background
 from scaledreamer.generator.ingp import INGP, INGPSettings, blob_bias
 from scaledreamer.prior.base import TextEmbedding
 

@@ -14,7 +14,8 @@ from scaledreamer.field.decoders import layer_shapes, mlp, split_weights
 from scaledreamer.field.encodings import HashGrid
 from scaledreamer.field.levels import HashGridSettings
 from scaledreamer.generator.base import FieldScene, PromptedBackground, background_of, to_unit
-from scaledreamer.generator.hyper_ingp import HyperINGP, HyperINGPSettings, HyperNetwork, release_background
+from scaledreamer.field.hypernetworks import HyperNetwork
+from scaledreamer.generator.hyper_ingp import HyperINGP, HyperINGPSettings, release_background
 from scaledreamer.generator.ingp import INGP, INGPSettings
 from scaledreamer.generator.lightning import hyper_key
 from scaledreamer.prior.base import TextEmbedding

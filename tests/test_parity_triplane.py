@@ -16,7 +16,8 @@ from scaledreamer.core.settings import UsageError, from_json, to_json
 from scaledreamer.field.background import EnvironmentMap, wide_sigmoid
 from scaledreamer.generator.base import Generator
 from scaledreamer.generator.releases import triplane_key
-from scaledreamer.generator.triplane import Triplane, TriplaneSettings, look_up
+from scaledreamer.field.planes import look_up
+from scaledreamer.generator.triplane import Triplane, TriplaneSettings
 from scaledreamer.prior.base import TextEmbedding
 from scaledreamer.render.settings import RELEASE
 from scaledreamer.render.volume import render

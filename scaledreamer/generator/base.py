@@ -115,6 +115,7 @@ class FieldScene:
     sphere: float  # r0, world units
     shared: bool = False  # the features of a point are the same for all prompts
     squash: Callable[[Tensor], Tensor] = torch.sigmoid  # or `wide_sigmoid`
+    extra_head: Head | None = None  # to [b, n, k], whatever else its generator makes
 
     def _sdf(self, x: Float[Tensor, "b n f"], points: Float[Tensor, "... n 3"]) -> Float[Tensor, "b n"]:
         return self.sdf_head(x)[..., 0] + sphere_bias(points, self.sphere)
@@ -128,6 +129,12 @@ class FieldScene:
     def sdf_and_color(self, points: Float[Tensor, "b n 3"]) -> tuple[Float[Tensor, "b n"], Float[Tensor, "b n 3"]]:
         x = self.features(points)
         return self._sdf(x, points), self.squash(self.color_head(x))
+
+    def extra(self, points: Float[Tensor, "b n 3"]) -> Float[Tensor, "b n k"]:
+        "What the generator makes beside distance and color. Raises `UsageError` where that is nothing."
+        if self.extra_head is None:
+            raise UsageError("this scene has distances and colors only: set `extra` in the settings of its generator")
+        return self.extra_head(self.features(points))
 
     def sdf_at_shared(self, points: Float[Tensor, "n 3"]) -> Float[Tensor, "b n"]:
         "`sdf` of every prompt at the same points."

@@ -26,7 +26,7 @@ from ..core.settings import RunError, UsageError
 from ..field.background import HYPER_GRID, SHARP_GRID, EnvironmentMap, wide_sigmoid
 from ..field.levels import HashGridSettings, grid_levels
 from .base import PromptedBackground
-from .hyper_ingp import HyperNetwork
+from ..field.hypernetworks import HyperNetwork
 from .ingp import SMALL_GRID
 
 # %% ../../nbs/09_generator/05_lightning.ipynb #c181fc64
