@@ -35,12 +35,8 @@ class Attention(nn.Module):
         self.to_v = nn.Linear(context_width or width, width, bias=False)
         self.to_out = nn.Linear(width, width)
 
-    def forward(
-        self,
-        x: Float[Tensor, "b n w"],
-        context: Float[Tensor, "b m d"],
-        mask: Bool[Tensor, "b m"] | None = None,  # states to look at; a row without any looks at all
-    ) -> Float[Tensor, "b n w"]:
+    def forward(self, x: Float[Tensor, "b n w"], context: Float[Tensor, "b m d"], mask: Bool[Tensor, "b m"] | None = None) -> Float[Tensor, "b n w"]:
+        "`mask` says which states to look at; a row without any looks at all."
         q, k, v = (y.unflatten(-1, (self.heads, -1)).transpose(1, 2) for y in (self.to_q(x), self.to_k(context), self.to_v(context)))
         if mask is not None:
             mask = (mask | ~mask.any(1, keepdim=True))[:, None, None]
@@ -93,12 +89,8 @@ class TriplaneLayer(nn.Module):
         steps = {"widen": nn.Linear(width, hidden), "gelu": nn.GELU(), "narrow": nn.Linear(hidden, width)}
         self.mlp = nn.Sequential(OrderedDict(steps if words else {"first": nn.GELU()} | steps))
 
-    def forward(
-        self,
-        x: Float[Tensor, "b n w"],
-        text: Float[Tensor, "b m d"],  # words, or the token in front of the others
-        mask: Bool[Tensor, "b m"] | None = None,
-    ) -> Float[Tensor, "b n w"]:
+    def forward(self, x: Float[Tensor, "b n w"], text: Float[Tensor, "b m d"], mask: Bool[Tensor, "b m"] | None = None) -> Float[Tensor, "b n w"]:
+        "`text`: words, or the token in front of the others."
         if self.cross_attn is not None:
             x = x + self.cross_attn(self.norm1(x), text, mask)
         y = self.norm2(x)

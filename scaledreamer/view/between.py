@@ -44,10 +44,12 @@ def learnt_sheet(
     if pair is not None:
         texts = between(*(run.prior.encode_text([text]) for text in pair), torch.linspace(0, 1, views))
         rows.append(look(run.scene(texts), orbit(1, prompts=views))[:, 0])
-    return image_grid(torch.cat(_two_columns(rows)), columns=2 * views)
+    return image_grid(torch.cat(_two_columns(rows)), columns=views * min(len(rows), 2))
 
 
 def _two_columns(rows: Sequence[Float[Tensor, "v 3 h w"]]) -> list[Float[Tensor, "v 3 h w"]]:
+    if len(rows) == 1:
+        return list(rows)
     half = -(-len(rows) // 2)
     right = [*rows[half:], *[torch.ones_like(rows[0])] * (len(rows) % 2)]
     return [row for both in zip(rows, right) for row in both]
