@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SMALL', 'WIDTH', 'batch_pair', 'batch_scaling']
 
-# %% ../../nbs/14_bench/03_generators.ipynb #a61ef828
+# %% ../../nbs/14_bench/03_generators.ipynb #dcc6db41
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from ..core.tensors import generator
 from ..prior.base import TextEmbedding
 from ..train.settings import GENERATORS
 
-# %% ../../nbs/14_bench/03_generators.ipynb #cbbbb6cb
+# %% ../../nbs/14_bench/03_generators.ipynb #bc0c20df
 SMALL = ("ingp", "hyper-ingp", "conv3d", "triplane")
 WIDTH = 96  # of the texts
 
