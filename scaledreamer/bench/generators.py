@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SMALL', 'WIDTH', 'batch_pair', 'batch_scaling']
 
-# %% ../../nbs/14_bench/03_generators.ipynb #dcc6db41
+# %% ../../nbs/14_bench/03_generators.ipynb #ba7aa9bd
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from ..core.tensors import generator
 from ..prior.base import TextEmbedding
 from ..train.settings import GENERATORS
 
-# %% ../../nbs/14_bench/03_generators.ipynb #bc0c20df
+# %% ../../nbs/14_bench/03_generators.ipynb #c3e9156a
 SMALL = ("ingp", "hyper-ingp", "conv3d", "triplane")
 WIDTH = 96  # of the texts
 
@@ -42,6 +42,6 @@ def batch_scaling(device: str = "cpu", quick: bool = False) -> list[dict[str, An
     rows = []
     for name in SMALL:
         torch.manual_seed(0)
-        pair = batch_pair(name, GENERATORS[name](WIDTH).to(device), 4, 64 if quick else 8192, device)
+        pair = batch_pair(name, GENERATORS[name](WIDTH).to(device), *((2, 64) if quick else (4, 8192)), device)
         rows.append(compare(pair, device, rounds=2 if quick else 20, warmups=1))
     return rows
