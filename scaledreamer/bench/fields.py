@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['grid_pair', 'hashgrid', 'decoder_pair', 'decoder']
 
-# %% ../../nbs/14_bench/02_fields.ipynb #11b0c4cb
+# %% ../../nbs/14_bench/02_fields.ipynb #49eab800
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from ..field.decoders import count_weights, layer_shapes, mlp, mlp_plain, split_
 from ..field.encodings import HashGrid, pick_backend
 from ..field.levels import HashGridSettings
 
-# %% ../../nbs/14_bench/02_fields.ipynb #3bc1d7bd
+# %% ../../nbs/14_bench/02_fields.ipynb #39d8272a
 def grid_pair(settings: HashGridSettings, points: Tensor, by_points: bool) -> Pair:
     "The grid as it is used, and the plain one with the same table."
     grids = {}
@@ -38,7 +38,7 @@ def hashgrid(device: str = "cpu", quick: bool = False) -> list[dict[str, Any]]:
     points = torch.rand(2000 if quick else 200_000, 3, generator=generator(0)).to(device)
     return [compare(grid_pair(settings, points, by_points), device, rounds=2 if quick else 8, warmups=1) for by_points in (False, True)]
 
-# %% ../../nbs/14_bench/02_fields.ipynb #105e2424
+# %% ../../nbs/14_bench/02_fields.ipynb #1d0af4ff
 def decoder_pair(prompts: int, points: int, widths: tuple[int, ...], device: str) -> Pair:
     "All prompts in one call, and a call a prompt."
     shapes = layer_shapes(widths)
@@ -49,7 +49,7 @@ def decoder_pair(prompts: int, points: int, widths: tuple[int, ...], device: str
         rows = [mlp_plain(x[i : i + 1], split_weights(flat[i : i + 1], shapes)) for i in range(prompts)]
         return {"values": torch.cat(rows)}
     leaves = {"features": x, "weights": flat}
-    ours, anchor = passes(lambda: {"values": mlp(x, split_weights(flat, shapes))}, leaves), passes(one_by_one, leaves)
+    ours, anchor = passes(lambda: {"values": mlp(x, split_weights(flat, shapes))}, leaves, kinked=True), passes(one_by_one, leaves, kinked=True)
     return Pair(f"decoder, {prompts} prompts", ours, anchor, about={"prompts": prompts, "points": points, "widths": list(widths), "anchor_is": "a loop over prompts in plain torch"})
 
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SMALL', 'WIDTH', 'batch_pair', 'batch_scaling']
 
-# %% ../../nbs/14_bench/03_generators.ipynb #ba7aa9bd
+# %% ../../nbs/14_bench/03_generators.ipynb #4c40b49b
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from ..core.tensors import generator
 from ..prior.base import TextEmbedding
 from ..train.settings import GENERATORS
 
-# %% ../../nbs/14_bench/03_generators.ipynb #c3e9156a
+# %% ../../nbs/14_bench/03_generators.ipynb #99bcd1a9
 SMALL = ("ingp", "hyper-ingp", "conv3d", "triplane")
 WIDTH = 96  # of the texts
 
@@ -34,7 +34,7 @@ def batch_pair(name: str, model: nn.Module, prompts: int, points: int, device: s
         return {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
     leaves = {key: value for key, value in model.named_parameters() if value.requires_grad}
     about = {"prompts": prompts, "points": points, "parameters": sum(p.numel() for p in leaves.values()), "anchor_is": f"{prompts} batches of one prompt"}
-    return Pair(f"batch-scaling, {name}", passes(lambda: ask(slice(None)), leaves), passes(one_by_one, leaves), about=about)
+    return Pair(f"batch-scaling, {name}", passes(lambda: ask(slice(None)), leaves, kinked=True), passes(one_by_one, leaves, kinked=True), about=about)
 
 
 def batch_scaling(device: str = "cpu", quick: bool = False) -> list[dict[str, Any]]:

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['plain_twin', 'write_mesh', 'measures', 'bench_mesh']
 
-# %% ../../nbs/14_bench/04_meshes.ipynb #3f120840
+# %% ../../nbs/14_bench/04_meshes.ipynb #37539b60
 import copy
 import tempfile
 from functools import partial
@@ -23,7 +23,7 @@ from ..prior.stable_diffusion import StableDiffusionPrior
 from ..train.settings import GENERATORS
 from ..view import mesh
 
-# %% ../../nbs/14_bench/04_meshes.ipynb #a5daa052
+# %% ../../nbs/14_bench/04_meshes.ipynb #91a5bf97
 def plain_twin(generator: nn.Module) -> nn.Module:
     "The same weights behind a hash grid in plain torch."
     twin = copy.deepcopy(generator)
@@ -44,10 +44,10 @@ def measures(made: trimesh.Trimesh) -> Results:
     "What two equal meshes have in common, however their corners are numbered."
     return {"area": torch.tensor(made.area), "volume": torch.tensor(made.volume), "color": torch.tensor(made.visual.vertex_colors.mean(0))}
 
-# %% ../../nbs/14_bench/04_meshes.ipynb #4256311e
+# %% ../../nbs/14_bench/04_meshes.ipynb #b41b94d9
 def bench_mesh(device: str = "cpu", quick: bool = False) -> list[dict[str, Any]]:
     "A prompt to a coloured mesh, and its parts."
-    resolution, rounds = (16, 2) if quick else (128, 10)
+    resolution, rounds = (16, 2) if quick else (128, 4)
     prior = StableDiffusionPrior.from_pretrained(device=device)
     torch.manual_seed(0)
     generator = GENERATORS["hyper-ingp"](prior.encode_text([""]).tokens.shape[-1]).to(device).eval()
@@ -55,6 +55,6 @@ def bench_mesh(device: str = "cpu", quick: bool = False) -> list[dict[str, Any]]
         write = partial(write_mesh, prior, text="a red car", file=Path(folder) / "mesh.glb", resolution=resolution, device=device)
         ours, anchor = partial(write, generator=generator), partial(write, generator=plain_twin(generator))
         about = {"resolution": resolution, "anchor_is": "backend torch"}
-        row = compare(Pair("mesh", ours, anchor, lambda: agree("mesh", measures(ours()), measures(anchor())), about), device, rounds)
+        row = compare(Pair("mesh", ours, anchor, lambda: agree("mesh", measures(ours()), measures(anchor())), about), device, rounds, warmups=0)
         places = [(prior, "encode_text", "text"), (mesh, "field_grid", "field"), (mesh, "triangulate", "marching cubes"), (FieldScene, "color", "colors"), (mesh, "save_mesh", "writing")]
-        return [row | split(ours, places, device, rounds)]
+        return [row | split(ours, places, device, 2 if quick else 10)]

@@ -6,7 +6,7 @@
 __all__ = ['Results', 'TOLERANCES', 'OUTPUT', 'agree', 'Pair', 'passes', 'finish', 'spread', 'seconds', 'compare', 'environment',
            'result']
 
-# %% ../../nbs/14_bench/00_pairs.ipynb #e34e2bda
+# %% ../../nbs/14_bench/00_pairs.ipynb #53d1ffc3
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -21,9 +21,9 @@ from torch import Tensor
 from ..core.settings import RunError
 from ..core.tensors import best_device, machine
 
-# %% ../../nbs/14_bench/00_pairs.ipynb #8b5d01ba
+# %% ../../nbs/14_bench/00_pairs.ipynb #d56db6d4
 Results = Mapping[str, Tensor]
-TOLERANCES = {"gradient": 1e-4}  # by the first word of a result's name
+TOLERANCES = {"gradient": 1e-4, "kinked": 1e-2}  # by the first word of a result's name
 OUTPUT = 1e-5  # of every other result
 
 
@@ -31,10 +31,12 @@ def agree(bench: str, ours: Results, anchor: Results) -> None:
     "Raises `RunError` that says how far apart two results are, where they are too far."
     if ours.keys() != anchor.keys(): raise RunError(f"{bench}: ours gives {', '.join(ours)}, the anchor {', '.join(anchor)}: these are not the same work")
     for name, expected in anchor.items():
-        found, tolerance = ours[name], TOLERANCES.get(name.split()[0], OUTPUT)
+        found, kind = ours[name], name.split()[0]
+        measure, tolerance = "norm" if kind == "kinked" else "largest number", TOLERANCES.get(kind, OUTPUT)
         if found.shape != expected.shape: raise RunError(f"{bench}: {name} has shape {list(found.shape)}, the anchor's {list(expected.shape)}: these are not the same work")
-        apart = float((found.detach() - expected.detach()).abs().max() / expected.detach().abs().max().clamp_min(1e-30))
-        if not apart <= tolerance: raise RunError(f"{bench}: {name} is {apart:.2g} of its largest number away from the anchor's, {tolerance:g} is allowed: the two do not compute the same, so nothing was timed")
+        order = 2 if kind == "kinked" else torch.inf
+        apart = float((found.detach() - expected.detach()).flatten().norm(order) / expected.detach().flatten().norm(order).clamp_min(1e-30))
+        if not apart <= tolerance: raise RunError(f"{bench}: {name} is {apart:.2g} of its {measure} away from the anchor's, {tolerance:g} is allowed: the two do not compute the same, so nothing was timed")
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,10 +52,11 @@ class Pair:
         if self.check is None: agree(self.name, self.ours(), self.anchor())
         else: self.check()
 
-# %% ../../nbs/14_bench/00_pairs.ipynb #f25f3acb
-def passes(forward: Callable[[], Results], leaves: Mapping[str, Tensor], seed: int = 0) -> Callable[[], Results]:
+# %% ../../nbs/14_bench/00_pairs.ipynb #b5d5ee05
+def passes(forward: Callable[[], Results], leaves: Mapping[str, Tensor], kinked: bool = False, seed: int = 0) -> Callable[[], Results]:
     "A call that goes forward and back; it gives the outputs and the gradients by the leaves."
     kept: dict[str, Tensor] = {}
+    word = "kinked gradient of" if kinked else "gradient of"
 
     def cotangent(name: str, out: Tensor) -> Tensor:
         if name not in kept: kept[name] = torch.randn(out.shape, generator=torch.Generator().manual_seed(seed)).to(out)
@@ -62,10 +65,10 @@ def passes(forward: Callable[[], Results], leaves: Mapping[str, Tensor], seed: i
     def both() -> Results:
         out = forward()
         gradients = torch.autograd.grad(list(out.values()), list(leaves.values()), [cotangent(*item) for item in out.items()])
-        return {name: value.detach() for name, value in out.items()} | {f"gradient of {name}": g for name, g in zip(leaves, gradients)}
+        return {name: value.detach() for name, value in out.items()} | {f"{word} {name}": g for name, g in zip(leaves, gradients)}
     return both
 
-# %% ../../nbs/14_bench/00_pairs.ipynb #fcbb6777
+# %% ../../nbs/14_bench/00_pairs.ipynb #ca691ade
 def finish(device: str | torch.device) -> None:
     "Waits until the device has done what it was told."
     if torch.device(device).type == "cuda": torch.cuda.synchronize(device)
@@ -98,7 +101,7 @@ def compare(pair: Pair, device: str | torch.device = "cpu", rounds: int = 10, wa
     each = spread([anchor / ours for ours, anchor in zip(times["ours"], times["anchor"])])
     return {"name": pair.name, "ratio": sides["anchor"]["median"] / sides["ours"]["median"], "ratio_each_round": each, **sides, "rounds": rounds, **pair.about}
 
-# %% ../../nbs/14_bench/00_pairs.ipynb #78c69cdb
+# %% ../../nbs/14_bench/00_pairs.ipynb #661e9051
 def environment(device: str | torch.device) -> dict[str, Any]:
     "What a measurement depends on beside the code."
     found = machine() | {"device": str(best_device(device)), "threads": torch.get_num_threads()}

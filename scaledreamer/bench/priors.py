@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['noisy', 'through', 'bare', 'apart', 'together', 'bench_prior']
 
-# %% ../../nbs/14_bench/06_priors.ipynb #a9affc13
+# %% ../../nbs/14_bench/06_priors.ipynb #84895ed6
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from ..core.tensors import generator
 from ..prior.base import Evaluation, Prior, predict_together
 from ..prior.stable_diffusion import StableDiffusionPrior
 
-# %% ../../nbs/14_bench/06_priors.ipynb #80ff7a88
+# %% ../../nbs/14_bench/06_priors.ipynb #286148ed
 def noisy(prior: Prior, count: int, device: str) -> Evaluation:
     "Random latents, times and texts of `count` evaluations."
     rng = generator(0)
@@ -32,7 +32,7 @@ def through(prior: Prior, x_t: Tensor, t: Tensor, tokens: Tensor) -> Results: re
 @torch.no_grad()
 def bare(prior: StableDiffusionPrior, x_t: Tensor, t: Tensor, tokens: Tensor) -> Results: return {"noise": prior.unet(x_t, t, encoder_hidden_states=tokens).sample}
 
-# %% ../../nbs/14_bench/06_priors.ipynb #81468011
+# %% ../../nbs/14_bench/06_priors.ipynb #48964d8b
 @torch.no_grad()
 def apart(prior: Prior, evaluations: list[Evaluation]) -> Results: return {f"noise {i}": prior.predict_noise(*each) for i, each in enumerate(evaluations)}
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Place', 'Stopwatch', 'split']
 
-# %% ../../nbs/14_bench/01_stopwatch.ipynb #34b89e36
+# %% ../../nbs/14_bench/01_stopwatch.ipynb #b8f0d409
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -18,7 +18,7 @@ import torch
 
 from .pairs import finish, seconds, spread
 
-# %% ../../nbs/14_bench/01_stopwatch.ipynb #85697a3d
+# %% ../../nbs/14_bench/01_stopwatch.ipynb #409c64e6
 Place = tuple[Any, str, str]  # where a function is looked up (module, class or object), its name there, and the part it belongs to
 
 
@@ -51,7 +51,7 @@ class Stopwatch:
             for owner, name, part in places: stack.enter_context(mock.patch.object(owner, name, self.timed(part, getattr(owner, name))))
             yield
 
-# %% ../../nbs/14_bench/01_stopwatch.ipynb #178f7e56
+# %% ../../nbs/14_bench/01_stopwatch.ipynb #157a97c4
 def split(call: Callable[[], Any], places: Sequence[Place], device: str | torch.device = "cpu", rounds: int = 5, clock: Callable[[], float] = time.perf_counter) -> dict[str, Any]:
     "Median seconds of each part of a call, of what is left, and of the whole; and `other` in percent of the whole."
     rows = []
