@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['grid_pair', 'hashgrid', 'decoder_pair', 'decoder']
 
-# %% ../../nbs/14_bench/02_fields.ipynb #49eab800
+# %% ../../nbs/14_bench/02_fields.ipynb #52c5e242
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from ..field.decoders import count_weights, layer_shapes, mlp, mlp_plain, split_
 from ..field.encodings import HashGrid, pick_backend
 from ..field.levels import HashGridSettings
 
-# %% ../../nbs/14_bench/02_fields.ipynb #39d8272a
+# %% ../../nbs/14_bench/02_fields.ipynb #4a3a5a6d
 def grid_pair(settings: HashGridSettings, points: Tensor, by_points: bool) -> Pair:
     "The grid as it is used, and the plain one with the same table."
     grids = {}
@@ -36,9 +36,9 @@ def hashgrid(device: str = "cpu", quick: bool = False) -> list[dict[str, Any]]:
     torch.manual_seed(0)
     settings = HashGridSettings(levels=4, log2_size=12) if quick else HashGridSettings()
     points = torch.rand(2000 if quick else 200_000, 3, generator=generator(0)).to(device)
-    return [compare(grid_pair(settings, points, by_points), device, rounds=2 if quick else 8, warmups=1) for by_points in (False, True)]
+    return [compare(grid_pair(settings, points, by_points), device, rounds=2 if quick else 6, warmups=0) for by_points in (False, True)]
 
-# %% ../../nbs/14_bench/02_fields.ipynb #1d0af4ff
+# %% ../../nbs/14_bench/02_fields.ipynb #96e5d821
 def decoder_pair(prompts: int, points: int, widths: tuple[int, ...], device: str) -> Pair:
     "All prompts in one call, and a call a prompt."
     shapes = layer_shapes(widths)

@@ -6,7 +6,7 @@
 __all__ = ['NORMALS', 'NAIVE', 'REFERENCE', 'near_surface', 'fitted', 'psnr', 'picture', 'qualities', 'check_quality',
            'bench_render']
 
-# %% ../../nbs/14_bench/05_renders.ipynb #a7ad77d0
+# %% ../../nbs/14_bench/05_renders.ipynb #f129d039
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -28,10 +28,10 @@ from ..render.settings import RenderSettings
 from ..render.volume import render, render_views
 from ..train.settings import TrainSettings
 
-# %% ../../nbs/14_bench/05_renders.ipynb #ff3d45a5
+# %% ../../nbs/14_bench/05_renders.ipynb #19797b59
 def near_surface(scene: ToyScene, count: int, rng: torch.Generator, width: float = 0.03) -> Float[Tensor, "1 n 3"]:
     "Points of which half lie anywhere in the cube and the other half around the surface."
-    many = torch.rand(1, 16 * count, 3, generator=rng) * 1.6 - 0.8
+    many = torch.rand(1, 8 * count, 3, generator=rng) * 1.6 - 0.8
     closest = many[:, scene.sdf(many)[0].abs().argsort()[: count // 2]]
     return torch.cat([many[:, : count - count // 2], closest + width * torch.randn(closest.shape, generator=rng)], 1)
 
@@ -52,7 +52,7 @@ def fitted(caption: str, steps: int, points: int = 4096, seed: int = 0) -> tuple
         optimizer.step()
     return model, text
 
-# %% ../../nbs/14_bench/05_renders.ipynb #455e9be5
+# %% ../../nbs/14_bench/05_renders.ipynb #4d49c95a
 NORMALS = replace(TrainSettings().render, normals="finite")
 NAIVE = replace(NORMALS, sampler="uniform", samples=64, threshold=0.0)
 REFERENCE = replace(NORMALS, sampler="uniform", samples=512, chunk=1024)
@@ -81,15 +81,15 @@ def check_quality(found: dict[str, dict[str, float]], least: float = 25.0) -> No
     for side, value in found["psnr"].items():
         if not value >= least: raise RunError(f"render: {side} is a picture of {value:.1f} dB against 512 samples a ray, at least {least:g} is wanted: it shows something else, so nothing was timed")
 
-# %% ../../nbs/14_bench/05_renders.ipynb #04eed01d
+# %% ../../nbs/14_bench/05_renders.ipynb #284944e3
 def bench_render(device: str = "cpu", quick: bool = False) -> list[dict[str, Any]]:
     "A training render with normals against 64 uniform samples in plain torch."
     size, caption = 8 if quick else 64, "a red ball on a blue cube"
-    model, text = fitted(caption, *((20, 512) if quick else (300, 8192)))
+    model, text = fitted(caption, *((20, 512) if quick else (250, 4096)))
     model, text = model.to(device), text.to(device)
     models = model, plain_twin(model)
     found = qualities(models, text, size, device)
     rays = camera_rays(orbit(1, elevation=20.0).to(device), size, size)
     ours, anchor = (passes(lambda m=m, s=s: picture(m, text, rays, s), dict(m.named_parameters())) for m, s in zip(models, (NORMALS, NAIVE)))
     about = {"size": size, "scene": caption, "anchor_is": "64 uniform samples, normals everywhere, backend torch"} | found
-    return [compare(Pair("render", ours, anchor, lambda: check_quality(found), about), device, rounds=2 if quick else 6, warmups=1)]
+    return [compare(Pair("render", ours, anchor, lambda: check_quality(found), about), device, rounds=2 if quick else 4, warmups=1)]

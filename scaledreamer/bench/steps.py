@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Steps', 'start', 'same_step', 'places', 'bench_step', 'corpus_scaling']
 
-# %% ../../nbs/14_bench/07_steps.ipynb #8c08cc0a
+# %% ../../nbs/14_bench/07_steps.ipynb #18ac82a1
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +22,7 @@ from ..train import step as training
 from ..train.settings import TrainSettings
 from ..train.step import Run, build
 
-# %% ../../nbs/14_bench/07_steps.ipynb #3ff66147
+# %% ../../nbs/14_bench/07_steps.ipynb #e1e694fa
 class Steps:
     "A run in memory; each call is its next step."
 
@@ -52,7 +52,7 @@ def same_step(name: str, ours: Callable[[], dict[str, float]], anchor: Callable[
             raise RunError(f"{name}: ours has t {one['t']:g} and opacity {one['opacity']:.3f}, the anchor {other['t']:g} and {other['opacity']:.3f}: these are not the same step, so nothing was timed")
     return check
 
-# %% ../../nbs/14_bench/07_steps.ipynb #7fcc6b6d
+# %% ../../nbs/14_bench/07_steps.ipynb #5af3aa76
 def places(steps: Steps) -> list[Place]:
     "Where the parts of a step are looked up."
     prior = [(steps.run.prior, name, "prior") for name in ("encode_text", "encode_image", "predict_noise")]
@@ -66,10 +66,10 @@ def bench_step(device: str = "cpu", quick: bool = False) -> list[dict[str, Any]]
     naive = replace(run.settings, render=replace(run.settings.render, sampler="uniform", samples=64))
     ours, anchor = Steps(run), Steps(replace(run, settings=naive, generator=plain_twin(run.generator)))
     about = {"prompts": run.settings.prompts, "resolution": run.settings.resolution, "anchor_is": "64 uniform samples, backend torch"}
-    row = compare(Pair("step", ours, anchor, same_step("step", ours, anchor, 0.05), about), device, rounds=2 if quick else 6, warmups=1 if quick else 2)
+    row = compare(Pair("step", ours, anchor, same_step("step", ours, anchor, 0.05), about), device, rounds=2 if quick else 4, warmups=0)
     return [row | split(ours, places(ours), device, rounds=2 if quick else 30)]
 
-# %% ../../nbs/14_bench/07_steps.ipynb #fb4429d8
+# %% ../../nbs/14_bench/07_steps.ipynb #add6a563
 def corpus_scaling(device: str = "cpu", quick: bool = False) -> list[dict[str, Any]]:
     "A step of a run on 800 prompts against one of a run on 15."
     many, few = (Steps(start(device, quick, corpus=corpus)) for corpus in ("toybox-800", "toybox-15"))
