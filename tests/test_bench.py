@@ -1,0 +1,194 @@
+"""The benchmarks run in their quick form, refuse pairs that do not do the same, and the command says what is wrong before any work."""
+
+import json
+import math
+import os
+import socket
+
+import pytest
+import torch
+
+from scaledreamer.bench.fields import grid_pair
+from scaledreamer.bench.generators import batch_pair
+from scaledreamer.bench.pairs import Pair, agree, compare, passes, spread
+from scaledreamer.bench.renders import check_quality
+from scaledreamer.bench.steps import same_step
+from scaledreamer.bench.stopwatch import Stopwatch, split
+from scaledreamer.commands.benches import BENCHES
+from scaledreamer.commands.cli import main
+from scaledreamer.core.settings import RunError
+from scaledreamer.field.levels import HashGridSettings
+from scaledreamer.train.settings import GENERATORS
+
+NAMES = ["hashgrid", "render", "decoder", "step", "mesh", "prior", "batch-scaling", "corpus-scaling"]
+
+
+class Clock:
+    "Time that only passes where a call says so."
+
+    def __init__(self):
+        self.now, self.order = 0.0, []
+
+    def __call__(self):
+        return self.now
+
+    def side(self, word, *units):
+        turn = iter(units)
+
+        def call():
+            self.order.append(word)
+            self.now += next(turn)
+        return call
+
+
+# arithmetic ------------------------------------------------------------------------------------------------------------------
+
+
+def test_turns_medians_and_ratios():
+    clock = Clock()
+    pair = Pair("fake", clock.side("a", 9, 1, 2, 4, 5), clock.side("b", 9, 10, 8, 20, 5), check=lambda: None, about={"size": 3})
+    row = compare(pair, rounds=4, warmups=1, clock=clock)
+    assert "".join(clock.order) == "ab" + "abbaabba"
+    assert row["ours"] == {"median": 3.0, "low": 1.75, "high": 4.25} and row["anchor"]["median"] == 9.0
+    assert row["ratio"] == 3.0 and row["ratio_each_round"] == pytest.approx(spread([10, 4, 5, 1])) and (row["rounds"], row["size"]) == (4, 3)
+
+
+def test_the_check_comes_first():
+    clock = Clock()
+
+    def wrong():
+        raise RunError("fake: 1 apart")
+    with pytest.raises(RunError, match="1 apart"):
+        compare(Pair("fake", clock.side("a"), clock.side("b"), wrong), clock=clock)
+    assert clock.order == []
+
+
+def test_a_drift_falls_on_both():
+    "A machine that slows down evenly, over an even number of rounds."
+    clock, calls = Clock(), iter(range(1, 100))
+
+    def slower():
+        clock.now += next(calls)
+    row = compare(Pair("fake", slower, slower, check=lambda: None), rounds=20, warmups=0, clock=clock)
+    assert row["ratio"] == pytest.approx(1, abs=0.03) and row["ratio_each_round"]["median"] == pytest.approx(1, abs=0.03)
+
+
+def test_own_time_of_parts_also_where_one_fails():
+    clock = Clock()
+
+    class Tools:
+        def outer(self):
+            clock.now += 1
+            self.inner()
+
+        def inner(self):
+            clock.now += 4
+            raise ValueError("no")
+    watch, before = Stopwatch(clock=clock), Tools.__dict__["outer"]
+    with watch.on((Tools, "outer", "out"), (Tools, "inner", "in")), pytest.raises(ValueError, match="no"):
+        Tools().outer()
+    assert watch.parts == {"out": 1, "in": 4} and Tools.__dict__["outer"] is before
+    found = split(clock.side("x", 3, 3), [(Tools, "outer", "out")], rounds=2, clock=clock)
+    assert found == {"parts": {"out": 0.0, "other": 3.0, "whole": 3.0}, "other_percent": 100.0}
+
+
+# checks ----------------------------------------------------------------------------------------------------------------------
+
+
+def test_agreement_is_relative_and_told():
+    x = torch.tensor([1.0, 1000.0])
+    agree("b", {"y": x + 0.009}, {"y": x})
+    with pytest.raises(RunError, match=r"b: y is 2e-05 of its largest number away from the anchor's, 1e-05 is allowed"):
+        agree("b", {"y": x + 0.02}, {"y": x})
+    with pytest.raises(RunError, match="gradient of w"):
+        agree("b", {"gradient of w": x + 0.2}, {"gradient of w": x})
+
+
+def test_passes_gives_true_gradients():
+    w = torch.tensor([[1.0, 2.0], [3.0, 4.0]], dtype=torch.float64, requires_grad=True)
+    found = passes(lambda: {"y": w.sin()}, {"w": w}, seed=3)()
+    expected = torch.randn(2, 2, generator=torch.Generator().manual_seed(3)).double() * w.cos()
+    torch.testing.assert_close(found["gradient of w"], expected.detach())
+    assert w.grad is None
+
+
+def test_a_wrong_grid_is_found_out():
+    pairs = [grid_pair(HashGridSettings(levels=2, log2_size=8), torch.rand(64, 3), True) for _ in range(2)]
+    pairs[0].verify()
+    with pytest.raises(RunError, match="hashgrid, gradient by table and points: features is"):
+        Pair(pairs[0].name, pairs[0].ours, pairs[1].anchor).verify()
+
+
+def test_a_generator_whose_prompts_mix_is_found_out():
+    class Mixing(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = GENERATORS["triplane"](96)
+
+        def forward(self, text):
+            return self.inner(type(text)(text.tokens.mean(0, keepdim=True).expand_as(text.tokens), text.pooled))
+    with pytest.raises(RunError, match="batch-scaling, mixing: .* nothing was timed"):
+        compare(batch_pair("mixing", Mixing(), 2, 16, "cpu"))
+
+
+def test_other_pictures_and_other_steps_are_found_out():
+    with pytest.raises(RunError, match="render: anchor is a picture of 12.0 dB"):
+        check_quality({"psnr": {"ours": 40.0, "anchor": 12.0}})
+    with pytest.raises(RunError, match="render: ours is a picture of nan dB"):
+        check_quality({"psnr": {"ours": math.nan, "anchor": 40.0}})
+    step = {"t": 500.0, "opacity": 0.3}
+    for other in ({"t": 501.0}, {"opacity": 0.4}, {"opacity": math.nan}):
+        with pytest.raises(RunError, match="these are not the same step"):
+            same_step("step", lambda: step, lambda: step | other, 0.05)()
+
+
+# the command -----------------------------------------------------------------------------------------------------------------
+
+
+def test_every_benchmark_is_named(capsys):
+    assert set(NAMES) == set(BENCHES)
+    assert main(["bench", "--list"]) == 0
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == list(BENCHES)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_quick_form_gives_finite_ratios(name, tmp_path, capsys):
+    file = tmp_path / "new" / "result.json"
+    assert main(["bench", name, "--quick", "--json", str(file)]) == 0
+    out = capsys.readouterr().out
+    assert out.splitlines()[-1] == f"bench: {file}"
+    found = json.loads(file.read_text(encoding="utf-8"))
+    assert (found["bench"], found["quick"], found["environment"]["device"]) == (name, True, "cpu")
+    for row in found["rows"]:
+        assert row["name"] in out and row["anchor_is"] in out and row["rounds"] >= 2
+        for value in (row["ratio"], *row["ratio_each_round"].values(), *row["ours"].values(), *row["anchor"].values()):
+            assert math.isfinite(value) and value > 0
+        if "parts" in row:
+            parts = dict(row["parts"])
+            assert all(part >= 0 for part in parts.values()) and parts.pop("whole") > 0 and 0 <= row["other_percent"] < 100
+    text = file.read_text(encoding="utf-8")
+    assert socket.gethostname() not in text and os.path.expanduser("~") not in text and str(tmp_path) not in text
+
+
+@pytest.mark.parametrize(("words", "said"), [
+    (["hashgird"], "no benchmark 'hashgird': give one of hashgrid, render"), ([], "no benchmark is named: give one of hashgrid"),
+    (["hashgrid", "--json", "."], "--json is .: it is a folder"), (["hashgrid", "--json", "file/a.json"], "file is a file"),
+    (["hashgrid", "--json"], "json"), (["hashgrid", "--device", "cuda:99"], "device 'cuda:99' is not on this machine"), (["hashgrid", "--fast"], "--fast"),
+])  # fmt: skip
+def test_wrong_words_are_one_sentence_before_any_work(words, said, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+    monkeypatch.setitem(BENCHES, "hashgrid", lambda *_: pytest.fail("it ran"))
+    assert main(["bench", *words]) == 2
+    captured = capsys.readouterr()
+    assert said in captured.err and captured.err.count("\n") == 1 and not captured.out
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_failed_check_leaves_the_old_file(tmp_path, monkeypatch, capsys):
+    def fails(device, quick):
+        raise RunError("decoder: values is 1 apart")
+    monkeypatch.setitem(BENCHES, "decoder", fails)
+    (tmp_path / "a.json").write_text("{}")
+    assert main(["bench", "decoder", "--json", str(tmp_path / "a.json")]) == 1
+    assert "decoder: values is 1 apart" in capsys.readouterr().err and (tmp_path / "a.json").read_text() == "{}"
