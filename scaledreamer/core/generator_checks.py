@@ -8,6 +8,7 @@ __all__ = ['Outside', 'check_generator']
 # %% ../../nbs/00_core/05_generator_checks.ipynb #55f1d9cb
 from collections.abc import Callable
 from copy import deepcopy
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -56,9 +57,14 @@ def _rounded(generator: nn.Module, text: Any, points: Tensor, answers: dict[str,
 
 
 def _compiled(generator: nn.Module, text: Any, points: Tensor, answers: dict[str, Tensor]) -> None:
-    ask = torch.compile(lambda text, points: answers_of(generator(text), points), backend="aot_eager")
+    answer = answers_of
+
+    def ask(text: Any, points: Tensor) -> dict[str, Tensor]:
+        return answer(generator(text), points)
+
+    at_home = FunctionType(ask.__code__, type(generator).forward.__globals__, closure=ask.__closure__)  # a notebook's names are not always those of __main__
     try:
-        fast = ask(text, points)
+        fast = torch.compile(at_home, backend="aot_eager")(text, points)
     except torch._dynamo.exc.TorchDynamoException as error:
         raise AssertionError(f"torch.compile fails on the generator: {str(error).splitlines()[0]}") from error
     finally:

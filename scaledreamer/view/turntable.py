@@ -9,6 +9,7 @@ __all__ = ['PAGE', 'turntable_frames', 'contact_sheet', 'turntable_page', 'save_
 import base64
 import html
 import io
+from contextlib import suppress
 from pathlib import Path
 
 import imageio_ffmpeg
@@ -91,8 +92,8 @@ def save_video(frames: Float[Tensor, "v 3 h w"], path: Path, fps: int) -> None:
     try:
         writer = imageio_ffmpeg.write_frames(str(path), (width, height), fps=fps, codec="libx264", quality=8, macro_block_size=1, ffmpeg_log_level="quiet")
         writer.send(None)
-        for image in pixels:
-            writer.send(image.tobytes())
+        with suppress(OSError):  # it has ended: it is counted below what it wrote
+            for image in pixels: writer.send(image.tobytes())
         writer.close()
     except (OSError, RuntimeError) as error:
         raise RunError(f"ffmpeg cannot write {path.name} ({str(error).splitlines()[0]}): write a .gif or .html instead") from error
