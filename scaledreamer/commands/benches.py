@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['BENCHES', 'shown', 'table', 'check_writable', 'Bench']
 
-# %% ../../nbs/15_commands/02_benches.ipynb #4aa727e9
+# %% ../../nbs/15_commands/02_benches.ipynb #1f4208e1
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ from ..bench.steps import bench_step, corpus_scaling
 from ..core.settings import UsageError, write_json_atomic
 from ..core.tensors import best_device
 
-# %% ../../nbs/15_commands/02_benches.ipynb #4ad00702
+# %% ../../nbs/15_commands/02_benches.ipynb #a2738a29
 def shown(value: float) -> str:
     "Seconds in the unit that suits them."
     return f"{value:.2f} s" if value >= 1 else f"{value * 1e3:.3g} ms"
@@ -40,7 +40,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
         if "psnr" in row: lines.append("  " + ", ".join(f"{side} {value:.1f} dB" for side, value in row["psnr"].items()) + " to 512 samples a ray")
     return "\n".join(lines)
 
-# %% ../../nbs/15_commands/02_benches.ipynb #91ab63d1
+# %% ../../nbs/15_commands/02_benches.ipynb #03bd3a5a
 BENCHES: dict[str, Callable[[str, bool], list[dict[str, Any]]]] = {
     "hashgrid": hashgrid, "render": bench_render, "decoder": decoder, "step": bench_step, "mesh": bench_mesh, "prior": bench_prior,
     "batch-scaling": batch_scaling, "corpus-scaling": corpus_scaling}
