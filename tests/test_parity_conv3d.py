@@ -9,10 +9,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from scaledreamer.camera.rays import Rays
 from scaledreamer.field.background import EnvironmentMap
 from scaledreamer.generator.conv3d import Conv3D, Conv3DSettings
 from scaledreamer.generator.releases import conv3d_key
 from scaledreamer.prior.base import TextEmbedding
+from scaledreamer.render.placing import place_samples
+from scaledreamer.render.settings import RELEASE
+from scaledreamer.render.volume import render
 
 PARITY = Path(__file__).parent / "parity"
 NAMES = ("03_conv3d_a_res16", "03_conv3d_b_res32_nobias32")
@@ -28,10 +32,10 @@ def our_key(key):
 
 
 def settings_of(meta):
-    s = meta["settings"]
+    s = meta["settings"].get("geometry", meta["settings"])
     net = s["space_generator_config"]
     return Conv3DSettings(
-        tuple(meta["patch"]["channels_dict"].values()), net["img_channels"], net.get("bias_resolution", 64), net["z_dim"], net["w_dim"], net["num_layers"],
+        tuple(c for side, c in meta["patch"]["channels_dict"].items() if int(side) <= net["img_resolution"]), net["img_channels"], net.get("bias_resolution", 64), net["z_dim"], net["w_dim"], net["num_layers"],
         s["mlp_network_config"]["n_neurons"], s["radius"], s["sdf_bias_params"], net["c_dim"], gain=1.0,
     )  # fmt: skip
 
@@ -97,6 +101,52 @@ def test_known_noise():
         voxels = model.synthesis(t["w"][:1], noises)
     torch.testing.assert_close(voxels, t["voxel_noise_const"], rtol=1e-4, atol=2e-4)
     assert (voxels - t["voxel"][:1]).abs().max() > 0.1
+
+
+def render_fixture():
+    "One prompt and one view through the release's renderer; every noise strength is 0 there."
+    meta, t = fixture("05b_render_conv3d")
+    model, prefix = Conv3D(settings_of(meta), background=EnvironmentMap()).eval(), "weights/background.network."
+    named = {key.removeprefix("weights/geometry."): value for key, value in t.items() if key.startswith("weights/geometry.")}
+    state = {our_key(key): value for key, value in named.items() if our_key(key)}
+    model.load_state_dict(state | {f"background.{key.removeprefix(prefix)}": value for key, value in t.items() if key.startswith(prefix)})
+    assert all(value == 0 for key, value in state.items() if key.endswith("noise_strength"))
+    image = lambda value: value.movedim(-1, 1)[:, None]
+    return meta, t, model(TextEmbedding(t["text"][:, None], t["text"]), t["z"]), Rays(t["rays_o"][:, None], t["rays_d"][:, None]), image, model
+
+
+def test_render():
+    _, t, scene, rays, image, _ = render_fixture()
+    with torch.no_grad():
+        out = render(scene, rays, RELEASE)
+    torch.testing.assert_close(out.rgb, image(t["eval/comp_rgb"]), rtol=0, atol=2e-3)
+    torch.testing.assert_close(out.background, image(t["eval/comp_rgb_bg"]), rtol=0, atol=1e-5)
+    torch.testing.assert_close(out.opacity, image(t["eval/opacity"]), rtol=0, atol=2e-3)
+    torch.testing.assert_close(out.depth, image(t["eval/depth"]), rtol=0, atol=5e-3)
+
+
+def test_render_with_gradients(monkeypatch):
+    meta, t, scene, rays, image, model = render_fixture()
+    draws = torch.stack([t["train/bias_coarse"], t["train/bias_fine"]])
+    monkeypatch.setattr(torch, "rand", lambda *shape, **_: draws.view(shape))  # stratification as in the fixture
+    with torch.no_grad():
+        samples = place_samples(scene, *rays.flat(), RELEASE, torch.Generator())
+    torch.testing.assert_close(samples.middles[0], t["train/t_points"], rtol=0, atol=2e-4)
+    out = render(scene, rays, RELEASE, generator=torch.Generator())
+    torch.testing.assert_close(out.rgb, image(t["train/comp_rgb"]), rtol=0, atol=2e-3)
+    torch.testing.assert_close(out.opacity, image(t["train/opacity"]), rtol=0, atol=2e-3)
+    torch.testing.assert_close(out.depth, image(t["train/depth"]), rtol=0, atol=5e-3)
+    loss = (out.rgb * image(t["train/loss_r_rgb"])).sum() + out.opacity.sum()
+    loss.backward()
+    assert loss.item() == pytest.approx(meta["loss"], rel=2e-3)
+    ours, matched = dict(model.named_parameters()), set()
+    for key, norm in meta["grad_norm_per_parameter"].items():
+        part, _, rest = key.partition(".")
+        name = our_key(rest) if part == "geometry" else f"background.{rest.removeprefix('network.')}"
+        if norm is not None and not key.endswith("noise_strength"):  # an encoding without parameters; theirs is of a noise that is not in the fixture
+            assert ours[name].grad.norm().item() == pytest.approx(norm, rel=2e-2), key
+            matched.add(name)
+    assert matched == {name for name in ours if not name.endswith("noise_strength")}
 
 
 def formula(key, count, salt, offset, amplitude):
