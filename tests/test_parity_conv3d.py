@@ -65,7 +65,7 @@ def test_values_and_gradients(name):
     torch.testing.assert_close(loss[None], t["loss"], rtol=1e-3, atol=1e-3)
     loss.backward()
     for ours, theirs in ((z.grad, t["grad_z"]), (c.grad, t["grad_text"])):
-        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3 * float(theirs.abs().max()))
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-5 * float(theirs.abs().max()))  # numbers near 0 have no digits to compare
     theirs = {our_key(key): norm for key, norm in meta["grad_norm_per_parameter"].items()}
     ours = {key: p.grad for key, p in model.named_parameters()}
     assert theirs.keys() == ours.keys()

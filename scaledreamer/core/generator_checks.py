@@ -17,17 +17,20 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from . import tensors
 from .checks import demand, reached, same, sane
 from .scene_checks import answers_of, check_scene, points_in
 
 # %% ../../nbs/00_core/05_generator_checks.ipynb #fa7c28a1
 def _unmixed(generator: nn.Module, text: Any, points: Tensor, answers: dict[str, Tensor]) -> None:
-    b = len(text.tokens)
+    b, noise = len(text.tokens), getattr(generator, "noise", 0)
     again, order = answers_of(generator(text), points), torch.arange(b - 1, -1, -1, device=points.device)
-    turned = answers_of(generator(text[order]), points[order])
-    alone = [answers_of(generator(text[order[i : i + 1]]), points[order[i : i + 1]]) for i in range(b)]
     for name, value in answers.items():
         same(again[name], value, f"the generator makes two scenes of one text ({name})", 1e-6)
+    z = torch.randn(b, noise, generator=tensors.generator(2)).to(points) if noise else None
+    of = lambda rows: answers_of(generator(text[rows], z[rows]) if noise else generator(text[rows]), points[rows])
+    answers, turned, alone = of(order.flip(0)), of(order), [of(order[i : i + 1]) for i in range(b)]
+    for name, value in answers.items():
         same(turned[name], value[order], f"the generator's scenes depend on the order of the prompts ({name})")
         for i in range(b):
             same(alone[i][name][0], value[order[i]], f"a batch of {b} differs from {b} runs of one ({name})")
@@ -36,11 +39,18 @@ def _unmixed(generator: nn.Module, text: Any, points: Tensor, answers: dict[str,
 def _saved(generator: nn.Module, text: Any, points: Tensor, answers: dict[str, Tensor]) -> None:
     for path, module in generator.named_modules():
         for name, value in vars(module).items():
-            demand(not isinstance(value, Tensor), f"{f'{path}.' if path else ''}{name} is a tensor, but neither parameter nor buffer: it is not saved and does not follow .to(device)")
-    state, fresh = save({k: v.contiguous() for k, v in generator.state_dict().items()}), deepcopy(generator)
+            kept = not isinstance(value, Tensor) or f"{name}_orig" in module._parameters  # torch's older normalisations make theirs anew
+            demand(kept, f"{f'{path}.' if path else ''}{name} is a tensor, but neither parameter nor buffer: it is not saved and does not follow .to(device)")
+    fresh = deepcopy(generator)
     with torch.no_grad():
-        for p in fresh.parameters():
-            p.add_(1)
+        for module in fresh.modules():
+            for name, value in [*module._parameters.items(), *module._buffers.items()]:
+                if value is not None and value.is_floating_point() and name not in module._non_persistent_buffers_set:
+                    value.add_(1)
+    try:
+        state = save({k: v.contiguous() for k, v in generator.state_dict().items()})
+    except RuntimeError as error:
+        raise AssertionError("safetensors cannot hold the state (two of its names mean one tensor): give each tensor one name, and use it from there") from error
     fresh.load_state_dict(load(state))
     for name, value in answers_of(fresh(text), points).items():
         same(value, answers[name], f"saved and loaded, the generator answers otherwise ({name})", 1e-6)
@@ -92,14 +102,13 @@ def _linear(generator: nn.Module, text: Any, points: Tensor, answers: dict[str, 
     for times in (4, 8, 16):
         with _Bytes() as counter:
             found = answers_of(generator(text), points.repeat(1, times, 1))
-            sum(value.sum() for value in found.values()).backward(inputs=[p for p in generator.parameters() if p.requires_grad])
-        generator.zero_grad()
+            torch.autograd.grad(sum(value.sum() for value in found.values()), [p for p in generator.parameters() if p.requires_grad])
         made.append(counter.made)
     first, second = made[1] - made[0], made[2] - made[1]
     demand(second <= 2.1 * first, f"memory grows faster than the number of points: {first} bytes for {4 * points.shape[1]} more, {second} for twice as many more")
 
 # %% ../../nbs/00_core/05_generator_checks.ipynb #e1c2b700
-Outside = Callable[[Any, Tensor], Tensor]  # a scene and points [b, n, 3] beyond its cube, in every coordinate; distances [b, n]
+Outside = Callable[[Any, Tensor], Tensor]  # a scene and points [b, n, 3] beyond its cube, in every coordinate; distances or densities [b, n]
 
 
 def check_generator(
@@ -110,18 +119,21 @@ def check_generator(
     "Raises `AssertionError` where `generator(text)` is no scene, mixes prompts, leaves a parameter without gradient, or breaks another promise of this page."
     b, device = len(text.tokens), text.tokens.device
     demand(b >= 2, "check_generator wants at least two prompts, to see whether they mix")
-    mode = generator.training
+    modes = {module: module.training for module in generator.modules()}
     generator.eval()
     try:
         scene = generator(text)
         check_scene(scene, b, device)
         points = points_in(b, scene, device)
         answers = answers_of(scene, points)
+        for name, value in answers.items():
+            demand(value.dtype == points.dtype, f"scene.{name} is {value.dtype} for points of {points.dtype}: answer in the precision of the points")
         reached(answers, {name: p for name, p in generator.named_parameters() if p.requires_grad}, "the scene")
         for check in (_unmixed, _saved, _rounded, _compiled, _linear):
             check(generator, text, points, answers)
         if outside is not None:
             beyond = points + 1.25 * scene.radius * torch.where(points < 0, -1, 1)
-            same(scene.sdf(beyond), outside(scene, beyond), "beyond the cube the distance is not what is documented")
+            same((scene.sdf if hasattr(scene, 'sdf') else scene.density)(beyond), outside(scene, beyond), "beyond the cube the distance is not what is documented")
     finally:
-        generator.train(mode)
+        for module, mode in modes.items():
+            module.training = mode

@@ -55,7 +55,7 @@ Field = Callable[[Float[Tensor, "n 3"]], Float[Tensor, "*b n"]]  # negative insi
 def solid_field(
     scene: Scene | DensityScene,
     prompts: int = 1,  # b, of the scene
-    density_level: float = 10.0,  # per world unit; a cloud denser than this is solid: it stops half of the light within 0.07
+    density_level: float = 5.0,  # per world unit; a cloud denser than this is solid: it stops half of the light within 0.14
 ) -> Field:
     "The field of every prompt at shared points, `[n, 3]` to `[b, n]`."
     if hasattr(scene, "sdf_at_shared"):

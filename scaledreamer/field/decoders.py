@@ -87,8 +87,8 @@ def check_prompts(points: Float[Tensor, "b ..."], scene: Float[Tensor, "p ..."])
 def mlp(x: Float[Tensor, "b n f"], weights: Sequence[Float[Tensor, "_ _ _"]]) -> Float[Tensor, "b n out"]:
     "`mlp_plain`, in the way that suits the device. Raises `UsageError` where points and weights disagree about the prompts."
     check_prompts(x, weights[0])
-    cached = x.is_cpu and not torch.is_autocast_enabled("cpu")
-    return _ChunkedMLP.apply(x, *weights) if cached else mlp_plain(x, weights)
+    lowered = torch.is_autocast_enabled(x.device.type)
+    return mlp_plain(x if lowered else x.to(weights[0].dtype), weights) if lowered or not x.is_cpu else _ChunkedMLP.apply(x.to(weights[0].dtype), *weights)
 
 # %% ../../nbs/07_field/07_decoders.ipynb #c3f0b83a
 class MLPDecoder(nn.Module):

@@ -77,13 +77,14 @@ class PromptedBackground(nn.Module):
         grid: HashGridSettings = HYPER_GRID,
         width: int = 64,  # of the hidden layer
         backend: Backend = "auto",  # of the grid
+        text_width: int | None = None,  # of the texts; another one raises `UsageError`
     ):
         super().__init__()
-        self.hypernetwork, self.pooling, self.encoder = hypernetwork, pooling, HashGrid(grid, backend)
+        self.hypernetwork, self.pooling, self.encoder, self.text_width = hypernetwork, pooling, HashGrid(grid, backend), text_width
         self.shapes = layer_shapes((self.encoder.width, width, 3))
 
     def for_text(self, text: TextEmbedding) -> Background:
-        weights = split_weights(self.hypernetwork(text_vector(text, self.pooling)), self.shapes)
+        weights = split_weights(self.hypernetwork(text_vector(text, self.pooling, self.text_width)), self.shapes)
         return lambda directions: prompted_environment(directions, self.encoder, weights)
 
 # %% ../../nbs/09_generator/00_base.ipynb #97ab1394

@@ -97,4 +97,4 @@ class HyperINGP(nn.Module):
 # %% ../../nbs/09_generator/02_hyper_ingp.ipynb #6de1f67c
 def release_background(text_width: int = 1024, backend: Backend = "auto") -> PromptedBackground:
     "The environment map of the release's Hyper-iNGP; pass it as `background`."
-    return PromptedBackground(HyperNetwork(text_width, 64 * (32 + 3)), backend=backend)
+    return PromptedBackground(HyperNetwork(text_width, 64 * (32 + 3)), backend=backend, text_width=text_width)

@@ -56,9 +56,9 @@ def read_release(path: str | Path) -> tuple[dict[str, Tensor], int]:
     except SafetensorError as error:
         raise RunError(f"{path} is no whole safetensors file ({str(error).splitlines()[0]}): get it again") from None
     state, steps = (found.get("state_dict", found), found.get("global_step", 0)) if isinstance(found, dict) else (found, 0)
-    if not isinstance(state, Mapping) or not state or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()):
-        raise RunError(f"{path} holds {type(found).__name__} without a state_dict: expected named tensors as in ckpt['state_dict'] of Lightning")
-    return dict(state), steps if isinstance(steps, int) and steps > 0 else 0
+    if not isinstance(state, Mapping) or not state or not all(isinstance(k, str) and isinstance(v, Tensor) and v.layout == torch.strided for k, v in state.items()):
+        raise RunError(f"{path} holds {type(found).__name__} without a state_dict: expected named, dense tensors as in ckpt['state_dict'] of Lightning")
+    return dict(state), steps if type(steps) is int and steps > 0 else 0
 
 # %% ../../nbs/09_generator/05_lightning.ipynb #02755247
 TABLE = "encoding.encoding.encoding.params"  # theirs, of a grid
@@ -135,7 +135,7 @@ class PromptedMapSettings:
 
     def make(self) -> PromptedBackground:
         h = self.hyper
-        return PromptedBackground(HyperNetwork(h.text_width, h.outputs, h.hidden, h.hidden_layers, h.spectral_norm), grid=self.map_grid, width=self.map_width)
+        return PromptedBackground(HyperNetwork(h.text_width, h.outputs, h.hidden, h.hidden_layers, h.spectral_norm), grid=self.map_grid, width=self.map_width, text_width=h.text_width)
 
 
 @dataclass(frozen=True)

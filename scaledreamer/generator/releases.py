@@ -24,7 +24,7 @@ def cube_radius(state: State, usual: float) -> float:
     "Half the side of the cube, from its corners; `usual` where the checkpoint does not hold them. Raises `RunError` for another box."
     if "geometry.bbox" not in state: return usual
     low, high = state["geometry.bbox"].tolist()
-    if len({*high, *(-x for x in low)}) > 1 or not high[0] > 0:
+    if len({*high, *(-x for x in low)}) > 1 or not 0 < high[0] < math.inf:
         raise RunError(f"geometry.bbox goes from {low} to {high}: expected a cube around the origin")
     return high[0]
 

@@ -32,7 +32,8 @@ def import_settings(found: Imported, prior: str, corpus: str, device: str = "cpu
 def account(found: Imported) -> str:
     "What became of the tensors, in a few words."
     left = "; ".join(f"{count} {what}" for what, count in Counter(found.left.values()).items())
-    return f"{found.release.name} after {found.step} steps: {len(found.mapped)} tensors taken" + (f", {len(found.left)} left over ({left})" if left else "")
+    unlike = f"; unlike the shipped ones: {', '.join(found.unlike)}" if found.unlike else ""
+    return f"{found.release.name} after {found.step} steps: {len(found.mapped)} tensors taken" + (f", {len(found.left)} left over ({left})" if left else "") + unlike
 
 # %% ../../nbs/11_train/04_import_run.ipynb #bec21622
 def import_run(path: str | Path, out: str | Path, prior: str, corpus: str, device: str = "cpu") -> tuple[Run, Imported]:

@@ -101,7 +101,7 @@ class TrainSettings:
     "A training run. `prior` and `corpus` may be names or paths."
     prior: str = "tiny-sd"  # tiny-sd, mixture, or a Stable Diffusion folder or hub id
     corpus: str = "toybox-15"  # toybox-15, toybox-800, or a .json or .txt file
-    generator: str = "hyper-ingp"  # hyper-ingp, conv3d or triplane, each also with -paper behind it, or ingp or ingp-density
+    generator: str = "hyper-ingp"  # hyper-ingp, conv3d, triplane or ingp, each also with -paper behind it, conv3d-paper-2 or ingp-density
     method: str = "asd"  # sds, csd, vsd, asd, nfsd, bridge, sdi, ism or esd
     steps: int = 3000
     seed: int = 0
@@ -181,10 +181,12 @@ GENERATORS: dict[str, Make] = {
     "hyper-ingp-paper": lambda width: HyperINGP(replace(HyperINGPSettings.paper(), text_width=width), background=release_background(width)),
     "conv3d": lambda width: Conv3D(Conv3DSettings(text_width=width)),
     "conv3d-paper": lambda width: Conv3D(replace(Conv3DSettings.paper(), text_width=width), background=EnvironmentMap()),
+    "conv3d-paper-2": lambda width: Conv3D(replace(Conv3DSettings.paper(2), text_width=width), background=EnvironmentMap()),
     "triplane": lambda width: Triplane(TriplaneSettings(text_width=width)),
     "triplane-paper": lambda width: Triplane(replace(TriplaneSettings.paper(), text_width=width), background=EnvironmentMap(squash=wide_sigmoid)),
     "ingp": lambda width: INGP(INGPSettings()),
-    "ingp-density": lambda width: INGP(INGPSettings(form="density"))}
+    "ingp-density": lambda width: INGP(INGPSettings(form="density")),
+    "ingp-paper": lambda width: INGP(INGPSettings.paper())}
 
 
 def check_generator_name(settings: TrainSettings, make: Make | None = None) -> None:

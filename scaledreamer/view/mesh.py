@@ -51,7 +51,7 @@ def extract_mesh(
     resolution: int = 128,  # cells along a side of the cube
     half: float | None = None,  # half the side of the cube, world units; None: around the surface
     prompts: int = 1,  # b, of the scene
-    density_level: float = 10.0,  # of a cloud, per world unit
+    density_level: float = 5.0,  # of a cloud, per world unit
     device: str | torch.device = "cpu",  # of the scene
 ) -> trimesh.Trimesh:
     "Triangles in world units, coloured at their corners, outside out. Raises `RunError` for an empty scene."
