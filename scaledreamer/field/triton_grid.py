@@ -6,7 +6,7 @@
 __all__ = ['tl', 'BLOCK', 'level_rows', 'locate', 'corner', 'read_grid', 'pull_grid', 'kernels', 'sizes', 'launch', 'assemble',
            'encode_triton']
 
-# %% ../../nbs/07_field/04_triton_grid.ipynb #2fa19d7b
+# %% ../../nbs/07_field/04_triton_grid.ipynb #cfd74b59
 from collections.abc import Callable
 from dataclasses import astuple
 from functools import cache
@@ -20,14 +20,14 @@ from torch import Tensor
 from .compiled_grid import backward_by, keep_inputs, pulled_shapes, settings_of
 from .levels import HashGridSettings, grid_levels, strides
 
-# %% ../../nbs/07_field/04_triton_grid.ipynb #5d4856fe
+# %% ../../nbs/07_field/04_triton_grid.ipynb #54011b38
 @cache
 def level_rows(settings: HashGridSettings, device: torch.device) -> Float[Tensor, "levels numbers"]:
     "What a kernel is told about each level; made once a device."
     rows = [[level.scale, level.offset, level.size, level.hashed, *strides(level, settings.dims)] for level in grid_levels(settings)]
     return torch.tensor(rows, dtype=torch.float64, device=device)
 
-# %% ../../nbs/07_field/04_triton_grid.ipynb #df797826
+# %% ../../nbs/07_field/04_triton_grid.ipynb #601cc2ce
 tl: Any = SimpleNamespace(constexpr="constexpr")
 
 
@@ -56,7 +56,7 @@ def corner(level, lows, steps, parts, c: tl.constexpr, DIMS: tl.constexpr):
         weight *= parts[d] if up else 1 - parts[d]
     return tl.load(level + 1).to(tl.int64) + key % size, weight
 
-# %% ../../nbs/07_field/04_triton_grid.ipynb #26915ccb
+# %% ../../nbs/07_field/04_triton_grid.ipynb #e81356b2
 @no_type_check
 def read_grid(points, table, rows, level, count, along, across, row, column,
               DIMS: tl.constexpr, FEATURES: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
@@ -71,7 +71,7 @@ def read_grid(points, table, rows, level, count, along, across, row, column,
         total += weight[:, None] * tl.load(table + entry[:, None] * FEATURES + f[None, :], mask=wanted, other=0).to(tl.float32)
     tl.store(rows + i[:, None] * row + (tl.program_id(1) * FEATURES + f)[None, :] * column, total, mask=wanted)
 
-# %% ../../nbs/07_field/04_triton_grid.ipynb #aed3712f
+# %% ../../nbs/07_field/04_triton_grid.ipynb #a009934a
 @no_type_check
 def pull_grid(points, table, rows, level, count, along, across, row, column, added, slopes,
               DIMS: tl.constexpr, FEATURES: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
@@ -99,7 +99,7 @@ def pull_grid(points, table, rows, level, count, along, across, row, column, add
                 total += change if c >> d & 1 else -change
             tl.store(slopes + (tl.program_id(1) * count + i) * DIMS + d, tl.load(level).to(tl.float32) * total, mask=i < count)
 
-# %% ../../nbs/07_field/04_triton_grid.ipynb #5e190c96
+# %% ../../nbs/07_field/04_triton_grid.ipynb #23ff9fae
 BLOCK = 128  # points a program
 
 
@@ -130,7 +130,7 @@ def launch(kernel: Any, points: Tensor, table: Tensor, rows: Tensor, settings: H
             kernel[-(-len(points) // BLOCK), settings.levels](
                 points, table, rows, level_rows(settings, points.device), len(points), *points.stride(), *rows.stride(), **gradients, **sizes(settings))
 
-# %% ../../nbs/07_field/04_triton_grid.ipynb #1835554b
+# %% ../../nbs/07_field/04_triton_grid.ipynb #143627bf
 def assemble(settings: HashGridSettings, capability: int, table: str = "fp32", points: str = "fp32", to_points: bool = True) -> dict[str, Any]:
     "Both kernels, compiled for a CUDA device of this compute capability, that need not be here; types are Triton's."
     from triton.backends.compiler import GPUTarget
@@ -141,11 +141,12 @@ def assemble(settings: HashGridSettings, capability: int, table: str = "fp32", p
     for name, kernel in vars(kernels()).items():
         here = {key: known[key] for key in kernel.arg_names if key in known}
         kinds = {key: "constexpr" if key in known else f"*{pointers[key]}" if key in pointers else "i32" for key in kernel.arg_names}
-        aligned = {(kernel.arg_names.index(key),): [["tt.divisibility", 16]] for key in kinds if kinds[key].startswith("*")}
+        whole = settings.levels * settings.features % 16 == 0  # as the launch of a tensor of such rows would find
+        aligned = {(kernel.arg_names.index(key),): [["tt.divisibility", 16]] for key in kinds if key in pointers and key not in known or key == "row" and whole}
         out[name] = compile(ASTSource(kernel, kinds, here, aligned), target=GPUTarget("cuda", capability, 32))
     return out
 
-# %% ../../nbs/07_field/04_triton_grid.ipynb #a7441064
+# %% ../../nbs/07_field/04_triton_grid.ipynb #0de4a5f3
 @torch.library.custom_op("scaledreamer::read_triton_grid", mutates_args=())
 def _read(points: Tensor, table: Tensor, settings: list[float]) -> Tensor:
     "(points [n, d], table) -> features [n, levels * features], 32-bit."
