@@ -6,7 +6,7 @@
 __all__ = ['tl', 'BLOCK', 'level_rows', 'locate', 'corner', 'read_grid', 'pull_grid', 'kernels', 'sizes', 'launch', 'assemble',
            'encode_triton']
 
-# %% ../../nbs/07_field/04_triton_grid.ipynb #cfd74b59
+# %% ../../nbs/07_field/04_triton_grid.ipynb #a48066fb
 from collections.abc import Callable
 from dataclasses import astuple
 from functools import cache
@@ -20,43 +20,44 @@ from torch import Tensor
 from .compiled_grid import backward_by, keep_inputs, pulled_shapes, settings_of
 from .levels import HashGridSettings, grid_levels, strides
 
-# %% ../../nbs/07_field/04_triton_grid.ipynb #54011b38
+# %% ../../nbs/07_field/04_triton_grid.ipynb #841c8322
 @cache
 def level_rows(settings: HashGridSettings, device: torch.device) -> Float[Tensor, "levels numbers"]:
     "What a kernel is told about each level; made once a device."
     rows = [[level.scale, level.offset, level.size, level.hashed, *strides(level, settings.dims)] for level in grid_levels(settings)]
     return torch.tensor(rows, dtype=torch.float64, device=device)
 
-# %% ../../nbs/07_field/04_triton_grid.ipynb #601cc2ce
+# %% ../../nbs/07_field/04_triton_grid.ipynb #334782c3
 tl: Any = SimpleNamespace(constexpr="constexpr")
 
 
 @no_type_check
 def locate(points, level, i, there, along, across, DIMS: tl.constexpr):
-    "For each dimension: the lower corner's share of the key, what a step up adds to it, the fraction within the cell."
+    "(first entry, size, whether hashed) of the level; for each dimension the lower corner's share of the key, what a step up adds, the fraction within the cell."
     lows, steps, parts = (), (), ()
+    place = tl.load(level + 1).to(tl.int64), tl.load(level + 2).to(tl.int64).to(tl.uint32), tl.load(level + 3) > 0
     for d in tl.static_range(DIMS):
         x = tl.load(points + i * along + d * across, mask=there, other=0)
         position = (x.to(tl.float64) * tl.load(level) + 0.5).to(tl.float32)
         cell = tl.floor(position)
         step = tl.load(level + 4 + d).to(tl.int64).to(tl.uint32)
         lows, steps, parts = lows + (cell.to(tl.int64).to(tl.uint32) * step,), steps + (step,), parts + (position - cell,)
-    return lows, steps, parts
+    return place, lows, steps, parts
 
 
 @no_type_check
-def corner(level, lows, steps, parts, c: tl.constexpr, DIMS: tl.constexpr):
+def corner(place, lows, steps, parts, c: tl.constexpr, DIMS: tl.constexpr):
     "Entry and weight of corner c, whose bits say in which dimensions it is the upper one."
-    size, hashed = tl.load(level + 2).to(tl.int64).to(tl.uint32), tl.load(level + 3) > 0
+    first, size, hashed = place
     key, weight = lows[0] + steps[0] * (c & 1), parts[0] if c & 1 else 1 - parts[0]
     for d in tl.static_range(1, DIMS):
         up = c >> d & 1
         share = lows[d] + steps[d] * up
         key = tl.where(hashed, key ^ share, key + share)
         weight *= parts[d] if up else 1 - parts[d]
-    return tl.load(level + 1).to(tl.int64) + key % size, weight
+    return first + key % size, weight
 
-# %% ../../nbs/07_field/04_triton_grid.ipynb #e81356b2
+# %% ../../nbs/07_field/04_triton_grid.ipynb #a7168d68
 @no_type_check
 def read_grid(points, table, rows, level, count, along, across, row, column,
               DIMS: tl.constexpr, FEATURES: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
@@ -64,14 +65,14 @@ def read_grid(points, table, rows, level, count, along, across, row, column,
     f, level = tl.arange(0, WIDTH), level + tl.program_id(1) * (4 + DIMS)
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     wanted = (i < count)[:, None] & (f < FEATURES)[None, :]
-    lows, steps, parts = locate(points, level, i, i < count, along, across, DIMS)
+    place, lows, steps, parts = locate(points, level, i, i < count, along, across, DIMS)
     total = tl.zeros((BLOCK, WIDTH), tl.float32)
     for c in tl.static_range(2**DIMS):
-        entry, weight = corner(level, lows, steps, parts, c, DIMS)
+        entry, weight = corner(place, lows, steps, parts, c, DIMS)
         total += weight[:, None] * tl.load(table + entry[:, None] * FEATURES + f[None, :], mask=wanted, other=0).to(tl.float32)
     tl.store(rows + i[:, None] * row + (tl.program_id(1) * FEATURES + f)[None, :] * column, total, mask=wanted)
 
-# %% ../../nbs/07_field/04_triton_grid.ipynb #a009934a
+# %% ../../nbs/07_field/04_triton_grid.ipynb #c677c137
 @no_type_check
 def pull_grid(points, table, rows, level, count, along, across, row, column, added, slopes,
               DIMS: tl.constexpr, FEATURES: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
@@ -79,10 +80,10 @@ def pull_grid(points, table, rows, level, count, along, across, row, column, add
     f, level = tl.arange(0, WIDTH), level + tl.program_id(1) * (4 + DIMS)
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     wanted, dots = (i < count)[:, None] & (f < FEATURES)[None, :], ()
-    lows, steps, parts = locate(points, level, i, i < count, along, across, DIMS)
+    place, lows, steps, parts = locate(points, level, i, i < count, along, across, DIMS)
     upstream = tl.load(rows + i[:, None] * row + (tl.program_id(1) * FEATURES + f)[None, :] * column, mask=wanted, other=0).to(tl.float32)
     for c in tl.static_range(2**DIMS):
-        entry, weight = corner(level, lows, steps, parts, c, DIMS)
+        entry, weight = corner(place, lows, steps, parts, c, DIMS)
         at = entry[:, None] * FEATURES + f[None, :]
         if added is not None:
             tl.atomic_add(added + at, weight[:, None] * upstream, mask=wanted, sem="relaxed")
@@ -97,9 +98,9 @@ def pull_grid(points, table, rows, level, count, along, across, row, column, add
                     if e != d:
                         change *= parts[e] if c >> e & 1 else 1 - parts[e]
                 total += change if c >> d & 1 else -change
-            tl.store(slopes + (tl.program_id(1) * count + i) * DIMS + d, tl.load(level).to(tl.float32) * total, mask=i < count)
+            tl.store(slopes + (tl.program_id(1).to(tl.int64) * count + i) * DIMS + d, tl.load(level).to(tl.float32) * total, mask=i < count)
 
-# %% ../../nbs/07_field/04_triton_grid.ipynb #23ff9fae
+# %% ../../nbs/07_field/04_triton_grid.ipynb #0256e94f
 BLOCK = 128  # points a program
 
 
@@ -130,7 +131,7 @@ def launch(kernel: Any, points: Tensor, table: Tensor, rows: Tensor, settings: H
             kernel[-(-len(points) // BLOCK), settings.levels](
                 points, table, rows, level_rows(settings, points.device), len(points), *points.stride(), *rows.stride(), **gradients, **sizes(settings))
 
-# %% ../../nbs/07_field/04_triton_grid.ipynb #143627bf
+# %% ../../nbs/07_field/04_triton_grid.ipynb #c07056f9
 def assemble(settings: HashGridSettings, capability: int, table: str = "fp32", points: str = "fp32", to_points: bool = True) -> dict[str, Any]:
     "Both kernels, compiled for a CUDA device of this compute capability, that need not be here; types are Triton's."
     from triton.backends.compiler import GPUTarget
@@ -146,7 +147,7 @@ def assemble(settings: HashGridSettings, capability: int, table: str = "fp32", p
         out[name] = compile(ASTSource(kernel, kinds, here, aligned), target=GPUTarget("cuda", capability, 32))
     return out
 
-# %% ../../nbs/07_field/04_triton_grid.ipynb #0de4a5f3
+# %% ../../nbs/07_field/04_triton_grid.ipynb #e7e05f81
 @torch.library.custom_op("scaledreamer::read_triton_grid", mutates_args=())
 def _read(points: Tensor, table: Tensor, settings: list[float]) -> Tensor:
     "(points [n, d], table) -> features [n, levels * features], 32-bit."
