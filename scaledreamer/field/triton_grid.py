@@ -6,7 +6,7 @@
 __all__ = ['tl', 'BLOCK', 'level_rows', 'locate', 'corner', 'read_grid', 'pull_grid', 'kernels', 'sizes', 'launch', 'assemble',
            'encode_triton']
 
-# %% ../../nbs/07_field/04_triton_grid.ipynb #a48066fb
+# %% ../../nbs/07_field/04_triton_grid.ipynb #9ca7e825
 from collections.abc import Callable
 from dataclasses import astuple
 from functools import cache
@@ -20,14 +20,14 @@ from torch import Tensor
 from .compiled_grid import backward_by, keep_inputs, pulled_shapes, settings_of
 from .levels import HashGridSettings, grid_levels, strides
 
-# %% ../../nbs/07_field/04_triton_grid.ipynb #841c8322
+# %% ../../nbs/07_field/04_triton_grid.ipynb #8cf86211
 @cache
 def level_rows(settings: HashGridSettings, device: torch.device) -> Float[Tensor, "levels numbers"]:
     "What a kernel is told about each level; made once a device."
     rows = [[level.scale, level.offset, level.size, level.hashed, *strides(level, settings.dims)] for level in grid_levels(settings)]
     return torch.tensor(rows, dtype=torch.float64, device=device)
 
-# %% ../../nbs/07_field/04_triton_grid.ipynb #334782c3
+# %% ../../nbs/07_field/04_triton_grid.ipynb #1e06b53f
 tl: Any = SimpleNamespace(constexpr="constexpr")
 
 
@@ -54,10 +54,10 @@ def corner(place, lows, steps, parts, c: tl.constexpr, DIMS: tl.constexpr):
         up = c >> d & 1
         share = lows[d] + steps[d] * up
         key = tl.where(hashed, key ^ share, key + share)
-        weight *= parts[d] if up else 1 - parts[d]
+        weight = weight * (parts[d] if up else 1 - parts[d])
     return first + key % size, weight
 
-# %% ../../nbs/07_field/04_triton_grid.ipynb #a7168d68
+# %% ../../nbs/07_field/04_triton_grid.ipynb #57e8c0c4
 @no_type_check
 def read_grid(points, table, rows, level, count, along, across, row, column,
               DIMS: tl.constexpr, FEATURES: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
@@ -72,7 +72,7 @@ def read_grid(points, table, rows, level, count, along, across, row, column,
         total += weight[:, None] * tl.load(table + entry[:, None] * FEATURES + f[None, :], mask=wanted, other=0).to(tl.float32)
     tl.store(rows + i[:, None] * row + (tl.program_id(1) * FEATURES + f)[None, :] * column, total, mask=wanted)
 
-# %% ../../nbs/07_field/04_triton_grid.ipynb #c677c137
+# %% ../../nbs/07_field/04_triton_grid.ipynb #70cc50cb
 @no_type_check
 def pull_grid(points, table, rows, level, count, along, across, row, column, added, slopes,
               DIMS: tl.constexpr, FEATURES: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
@@ -96,11 +96,11 @@ def pull_grid(points, table, rows, level, count, along, across, row, column, add
                 change = dots[c]
                 for e in tl.static_range(DIMS):
                     if e != d:
-                        change *= parts[e] if c >> e & 1 else 1 - parts[e]
+                        change = change * (parts[e] if c >> e & 1 else 1 - parts[e])
                 total += change if c >> d & 1 else -change
             tl.store(slopes + (tl.program_id(1).to(tl.int64) * count + i) * DIMS + d, tl.load(level).to(tl.float32) * total, mask=i < count)
 
-# %% ../../nbs/07_field/04_triton_grid.ipynb #0256e94f
+# %% ../../nbs/07_field/04_triton_grid.ipynb #fb873f7a
 BLOCK = 128  # points a program
 
 
@@ -131,7 +131,7 @@ def launch(kernel: Any, points: Tensor, table: Tensor, rows: Tensor, settings: H
             kernel[-(-len(points) // BLOCK), settings.levels](
                 points, table, rows, level_rows(settings, points.device), len(points), *points.stride(), *rows.stride(), **gradients, **sizes(settings))
 
-# %% ../../nbs/07_field/04_triton_grid.ipynb #c07056f9
+# %% ../../nbs/07_field/04_triton_grid.ipynb #0b7e2d05
 def assemble(settings: HashGridSettings, capability: int, table: str = "fp32", points: str = "fp32", to_points: bool = True) -> dict[str, Any]:
     "Both kernels, compiled for a CUDA device of this compute capability, that need not be here; types are Triton's."
     from triton.backends.compiler import GPUTarget
@@ -147,7 +147,7 @@ def assemble(settings: HashGridSettings, capability: int, table: str = "fp32", p
         out[name] = compile(ASTSource(kernel, kinds, here, aligned), target=GPUTarget("cuda", capability, 32))
     return out
 
-# %% ../../nbs/07_field/04_triton_grid.ipynb #e7e05f81
+# %% ../../nbs/07_field/04_triton_grid.ipynb #18dcbd84
 @torch.library.custom_op("scaledreamer::read_triton_grid", mutates_args=())
 def _read(points: Tensor, table: Tensor, settings: list[float]) -> Tensor:
     "(points [n, d], table) -> features [n, levels * features], 32-bit."
