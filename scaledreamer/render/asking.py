@@ -45,6 +45,7 @@ def ask(
         values = field_of(scene)(points)
         index, valid = compact(matters(weigh(scene, samples, values, settings), settings))
     matter, colors = both(take(points, index))
+    matter = torch.where(valid, matter, matter.detach())  # padding gets no gradient, or a prompt's would depend on its neighbours
     return values.scatter(1, index, matter), put(colors * valid[..., None], index, points.shape[1])
 
 # %% ../../nbs/08_render/06_asking.ipynb #3fdbddff
