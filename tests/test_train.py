@@ -73,8 +73,8 @@ def test_a_gradient_that_is_not_finite_costs_no_checkpoint(settings, tmp_path, m
     "The loss may be fine where the gradient of a weight is not: neither the weights nor a checkpoint may take it."
     from scaledreamer.train import step as module
 
-    def poisoned(folder, s, prompts):
-        run = build(folder, s, prompts)
+    def poisoned(*args):
+        run = build(*args)
         run.generator.encoder.table.register_hook(lambda gradient: gradient * (float("nan") if run.step == 3 else 1.0))
         return run
 

@@ -59,7 +59,7 @@ class Watch:
         if self._fine is not None and self._fine.is_cpu: self.read({})
 
 # %% ../../nbs/00_core/08_watch.ipynb #d06af850
-class Told(Mapping[str, float]):
+class Told(Mapping):  # of str to float
     "Numbers by name; those that are tensors are read together when the first number is asked for. Raises what `Watch.read` raises."
 
     def __init__(self, watch: Watch, values: dict[str, Tensor | float]):
