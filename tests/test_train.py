@@ -73,8 +73,8 @@ def test_a_gradient_that_is_not_finite_costs_no_checkpoint(settings, tmp_path, m
     "The loss may be fine where the gradient of a weight is not: neither the weights nor a checkpoint may take it."
     from scaledreamer.train import step as module
 
-    def poisoned(folder, s, prompts):
-        run = build(folder, s, prompts)
+    def poisoned(*args):
+        run = build(*args)
         run.generator.encoder.table.register_hook(lambda gradient: gradient * (float("nan") if run.step == 3 else 1.0))
         return run
 
@@ -85,6 +85,46 @@ def test_a_gradient_that_is_not_finite_costs_no_checkpoint(settings, tmp_path, m
     monkeypatch.undo()
     assert checkpoint_steps(tmp_path / "run/checkpoints") == [2]
     assert train(tmp_path / "run", settings, resume=True, show=False).step == 4
+
+
+def test_a_device_learns_late_of_a_step_that_went_wrong(settings, tmp_path, monkeypatch):
+    "Where nobody looks at once, the first bad step is named at the next number read or checkpoint, no weight has moved since, and nothing bad was saved."
+    from scaledreamer.core.watch import Watch
+    from scaledreamer.train import step as module
+
+    runs, build = [], module.build
+
+    def poisoned(*args):
+        runs.append(build(*args))
+        runs[-1].generator.encoder.table.register_hook(lambda gradient: gradient * (float("nan") if runs[-1].step == 1 else 1.0))
+        return runs[-1]
+
+    monkeypatch.setattr("scaledreamer.train.trainer.build", poisoned)
+    monkeypatch.setattr(Watch, "glance", lambda self: None)
+    weights = []
+    for every, last in ((100, 3), (3, 2)):  # the checkpoint after the fourth step looks, or the log at the fourth
+        with pytest.raises(RunError, match="step 1: the gradient is not finite; the checkpoints are intact"):
+            train(tmp_path / str(every), replace(settings, log_every=every, checkpoint_every=4), on_step=lambda step, told: weights.append(runs[-1].generator.encoder.table.detach().clone()), show=False)
+        assert runs[-1].step == last + 1 and not checkpoint_steps(tmp_path / str(every) / "checkpoints")
+    for run in (weights[:4], weights[4:]):
+        assert all(torch.equal(run[0], later) for later in run[1:]) and run[0].isfinite().all()
+
+
+def test_the_memory_told_is_what_is_held(settings):
+    from scaledreamer.camera.poses import sample_cameras
+    from scaledreamer.core.tensors import step_generator
+    from scaledreamer.render.memory import held_by_render, render_bytes
+    for budget in (None, 500):
+        own = replace(settings, prior="tiny-sd", corpus="toybox-15", views=2, resolution=48, render=replace(settings.render, budget=budget))
+        run = build(Path("nowhere"), own, number([("a red ball", "train"), ("a blue cube", "train")]))
+        text, weights = run.prior.encode_text([prompt.text for prompt in run.prompts]), list(run.generator.parameters())
+        asked = (lambda: run.generator(text), weights, sample_cameras(own.cameras, 2, 2, step_generator(0, 0)), 48, own.render)
+        assert 1 / 1.5 < render_bytes(*asked) / held_by_render(*asked)[0] < 1.5
+
+
+def test_a_budget_below_one_ray_a_prompt_is_refused(settings):
+    with pytest.raises(UsageError, match="render.budget is 3: expected at least one ray for each of the 4 prompts of a step"):
+        replace(settings, prompts=4, render=replace(settings.render, budget=3))
 
 
 def test_published_figures_are_those_of_the_defaults():

@@ -17,6 +17,7 @@ from .meshes import plain_twin
 from .pairs import Pair, compare
 from .stopwatch import Place, split
 from ..core.settings import RunError
+from ..core.watch import Told
 from ..text.corpora import load_corpus
 from ..train import step as training
 from ..train.settings import TrainSettings
@@ -29,9 +30,9 @@ class Steps:
     def __init__(self, run: Run):
         o = run.settings.optim
         self.run, self.texts = run, run.prior.encode_text([prompt.text for prompt in run.trained])
-        self.optimizer = torch.optim.Adam(run.generator.parameters(), o.lr, o.betas, o.eps, fused=run.settings.device == "cpu")
+        self.optimizer = torch.optim.Adam(run.generator.parameters(), o.lr, o.betas, o.eps, fused=run.settings.device != "mps")
 
-    def __call__(self) -> dict[str, float]:
+    def __call__(self) -> Told:
         told = training.training_step(self.run, self.optimizer, self.texts)
         self.run.step += 1
         return told
@@ -44,7 +45,7 @@ def start(device: str, quick: bool, **changes: Any) -> Run:
     return build(Path("unused"), settings, load_corpus(settings.corpus))
 
 
-def same_step(name: str, ours: Callable[[], dict[str, float]], anchor: Callable[[], dict[str, float]], opacity: float) -> Callable[[], None]:
+def same_step(name: str, ours: Callable[[], Told], anchor: Callable[[], Told], opacity: float) -> Callable[[], None]:
     "The check that two first steps ask the prior about the same times and see about as much, to `opacity`."
     def check() -> None:
         one, other = ours(), anchor()

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .cameras import Cameras
 from ..core.settings import UsageError
+from ..core.watch import send
 
 # %% ../../nbs/01_camera/02_rays.ipynb #852c4124
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class Rays:
         return values.unflatten(1, self.shape[1:]).movedim(-1, 2)
 
     def to(self, device: torch.device | str) -> "Rays":
-        return Rays(self.origins.to(device), self.directions.to(device))
+        return Rays(send(self.origins, device), send(self.directions, device))
 
 # %% ../../nbs/01_camera/02_rays.ipynb #0bff4e23
 def camera_rays(

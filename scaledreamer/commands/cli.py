@@ -36,7 +36,7 @@ from ..text.corpora import load_corpus
 from ..toybox.captions import CORPORA
 from ..train.import_run import account, import_run
 from ..train.settings import PRESETS, TrainSettings
-from ..train.trainer import Run, open_run, read_rows, train
+from ..train.trainer import Run, memory_line, open_run, read_rows, train
 from ..view.mesh import extract_mesh, save_mesh
 from ..view.run_report import write_report
 from ..view.turntable import save_turntable, turntable_frames
@@ -85,7 +85,7 @@ class Train:
         scorer = ClipScorer.load(device=best_device(s.device)) if self.eval_views else None
         if scorer: scorer.check([prompt.text for prompt in load_corpus(s.corpus)])
         if self.resume and not folder.exists(): print(f"nothing to resume in {folder}: starting anew", file=sys.stderr)
-        try: run = train(folder, s, self.resume)
+        try: run = train(folder, s, self.resume, on_start=lambda run: print(memory_line(run)))
         except KeyboardInterrupt: raise Stopped("stopped; what is done is saved: give the same command with --resume to go on") from None
         try:
             if scorer: print(summary(evaluate_run(run, scorer, self.eval_views)))

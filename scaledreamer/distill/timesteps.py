@@ -16,6 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ..core.settings import UsageError, check_part
+from ..core.watch import send
 
 # %% ../../nbs/04_distill/01_timesteps.ipynb #de2fb8c0
 @dataclass(frozen=True)
@@ -129,7 +130,7 @@ def shift_by(
 def random_shift(eta: float = 0.1) -> ShiftLaw:
     "dt uniform in [0, eta (t - t_min)], one draw an item: the paper's law, with its eta. Raises `UsageError` for eta outside 0 to 1."
     check_part("eta", eta, "t - t_min")
-    return lambda t, t_min, last, generator: shifted(t, t_min, last, eta, torch.rand(t.shape, generator=generator, device=generator.device).to(t.device))
+    return lambda t, t_min, last, generator: shifted(t, t_min, last, eta, send(torch.rand(t.shape, generator=generator, device=generator.device), t.device))
 
 
 def deterministic_shift(eta: float = 0.1) -> ShiftLaw:

@@ -6,13 +6,12 @@
 __all__ = ['vsd', 'esd', 'EstimatorTrainer']
 
 # %% ../../nbs/04_distill/04_vsd.ipynb #498b2ed9
-import math
-
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from ..core.settings import RunError, UsageError
+from ..core.watch import guarded_step, send
 from .estimator import Estimator, answer_together, estimator_loss
 from .gradient import sds_weight
 from .methods import ScoreGradient, guided, questions, score
@@ -54,7 +53,8 @@ class EstimatorTrainer:
 
     def __init__(self, estimator: Estimator, lr: float = 1e-4) -> None:
         self.estimator = estimator
-        self.optimizer = torch.optim.AdamW(estimator.parameters(), lr, betas=(0.9, 0.99), eps=1e-15)
+        weights = list(estimator.parameters())
+        self.optimizer = torch.optim.AdamW(weights, lr, betas=(0.9, 0.99), eps=1e-15, fused=any(w.is_cuda for w in weights) or None)
 
     def step(
         self,
@@ -64,17 +64,18 @@ class EstimatorTrainer:
         camera: Float[Tensor, "b 16"] | None,
         generator: torch.Generator,
         drop: float = 0.1,  # probability that the batch's cameras are not told
-    ) -> float:  # the loss before the step
-        "One step. Raises `RunError` for a loss that is not finite, before the weights change."
+        fine: Bool[Tensor, ""] | None = None,  # where false, nothing is learnt
+    ) -> Float[Tensor, ""]:  # the loss before the step
+        "One step, none for a loss that is not finite; on the CPU, where it is seen at once, that raises `RunError`."
         on = {"generator": generator, "device": generator.device}
-        t = torch.randint(schedule.steps, (len(latents),), **on).to(latents.device)
-        noise = torch.randn(latents.shape, **on).to(latents)
+        t = torch.randint(schedule.steps, (len(latents),), **on)
+        noise = send(torch.randn(latents.shape, **on), latents)
         dropped = bool(torch.rand((), **on) < drop)
-        loss = estimator_loss(self.estimator, schedule, latents, tokens, t, noise, None if dropped else camera)
-        value = float(loss.detach())
-        if not math.isfinite(value):
-            raise RunError(f"the estimator's loss is {value} at t = {t.tolist()}: its weights are as before; give it a lower learning rate")
+        loss = estimator_loss(self.estimator, schedule, latents, tokens, send(t, latents.device), noise, None if dropped else camera)
+        finite = loss.detach().isfinite()
+        if finite.is_cpu and not finite:
+            raise RunError(f"the estimator's loss is {loss.item()} at t = {t.tolist()}: its weights are as before; give it a lower learning rate")
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        self.optimizer.step()
-        return value
+        guarded_step(self.optimizer, finite if fine is None else finite & fine)
+        return loss.detach()

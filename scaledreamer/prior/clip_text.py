@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from ..core.settings import UsageError
+from ..core.watch import send
 from .base import TextEmbedding
 
 # %% ../../nbs/02_prior/04_clip_text.ipynb #149dc384
@@ -36,10 +37,10 @@ def text_states(
 ) -> TextEmbedding:
     "The last hidden state of every token, after the final norm; pooled: that of the end-of-text token."
     mask = torch.arange(ids.shape[1]) <= ends[:, None]
-    attention = mask.long().to(encoder.device) if getattr(encoder.config, "use_attention_mask", False) else None
-    states = encoder(ids.to(encoder.device), attention_mask=attention).last_hidden_state
+    attention = send(mask.long(), encoder.device) if getattr(encoder.config, "use_attention_mask", False) else None
+    states = encoder(send(ids, encoder.device), attention_mask=attention).last_hidden_state
     rows = torch.arange(len(ids))
-    return TextEmbedding(states, states[rows, ends.to(states.device)], mask.to(states.device))
+    return TextEmbedding(states, states[send(rows, states.device), send(ends, states.device)], send(mask, states.device))
 
 # %% ../../nbs/02_prior/04_clip_text.ipynb #26ec4e49
 class TextCache:

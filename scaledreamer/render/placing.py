@@ -13,6 +13,7 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 from ..camera.rays import sphere_bounds
+from ..core.watch import send
 from ..field.scene import DensityScene, Scene
 from .guiding import FieldCache, guided_edges, look_along
 from .sampling import along, importance_edges, uniform_edges
@@ -64,6 +65,10 @@ class Samples:
     def points(self) -> Float[Tensor, "b s 3"]:
         return along(self.origins, self.directions, self.middles)
 
+    def split(self, rays: int) -> "list[Samples]":
+        "So many rays of each prompt in a piece."
+        return [Samples(*piece) for piece in zip(*(x.split(rays, 1) for x in (self.index, self.valid, self.origins, self.directions, self.edges)))]
+
 # %% ../../nbs/08_render/05_placing.ipynb #877268a4
 def guide(
     scene: Scene | DensityScene,
@@ -98,7 +103,7 @@ def place_samples(
     near, far, keep = sphere_bounds(origins, directions, scene.radius if settings.bound is None else settings.bound)
     if settings.planes:
         near, far, keep = torch.full_like(near, settings.planes[0]), torch.full_like(far, settings.planes[1]), torch.ones_like(keep)
-    draws = [None, None] if generator is None else torch.rand(2, *near.shape, generator=generator, device=generator.device).to(near)
+    draws = [None, None] if generator is None else send(torch.rand(2, *near.shape, generator=generator, device=generator.device), near)
     match settings.sampler:
         case "guided":
             edges, expected = guide(scene, (origins, directions, near, far), settings, draws[0], lookup)

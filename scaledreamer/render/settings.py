@@ -40,12 +40,15 @@ class RenderSettings:
     epsilon: float = 0.01  # step of finite differences, world units
     gradients: int = 0  # with normals none: samples a prompt whose SDF gradient is returned, for the eikonal term
     chunk: int = 1 << 15  # rays rendered at once by `render_views`
+    budget: int | None = None  # rays of all prompts together whose samples are held for the backward pass at once; the others are asked again. None: all
 
     def __post_init__(self):
         least = {"samples": 1, "looks": 2, "upsample": 1, "cache": 0, "gradients": 0, "chunk": 1, "unseen": 0.0, "threshold": 0.0}
         for name, low in least.items():
             if not getattr(self, name) >= low:
                 raise UsageError(f"RenderSettings: {name} is {getattr(self, name)}, want at least {low}")
+        if self.budget is not None and self.budget < 1:
+            raise UsageError(f"RenderSettings: budget is {self.budget}, which is less than one ray: give at least 1, or None for all")
         for name in ("beta", "spread", "epsilon") + (("bound",) if self.bound is not None else ()):
             if not getattr(self, name) > 0:
                 raise UsageError(f"RenderSettings: {name} is {getattr(self, name)}, want a number above 0")
@@ -83,7 +86,7 @@ def field_cache(
 ) -> FieldCache:
     "The scene's SDF (or density) on a grid, without gradient."
     half = float(scene.radius if half_side is None else half_side)
-    ticks = torch.linspace(-half, half, side) if like is None else torch.linspace(-half, half, side).to(like)
+    ticks = torch.linspace(-half, half, side, device=None if like is None else like.device).to(None if like is None else like.dtype)
     points = torch.cartesian_prod(ticks, ticks, ticks)
     with torch.no_grad():
         if hasattr(scene, "sdf_at_shared"):

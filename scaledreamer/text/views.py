@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..camera.cameras import wrap_degrees
 from ..camera.views import VIEW_WORDS, view_prompts, view_words
+from ..core.watch import send
 from ..prior.base import Conditioning, Prior
 
 # %% ../../nbs/10_text/01_views.ipynb #0fb17885
@@ -73,6 +74,6 @@ def perp_neg(
 ) -> Conditioning:
     "The blended text of each view, with two negatives (FACTS 1.3)."
     texts = torch.cat([views, unconditional[:, None]], 1)
-    positive, negatives, weights = (x.to(texts) for x in perp_neg_coefficients(azimuth, elevation))
+    positive, negatives, weights = (send(x, texts) for x in perp_neg_coefficients(azimuth, elevation))
     blend = lambda shares: torch.einsum("b...v,bvnd->b...nd", shares, texts)
     return Conditioning(blend(positive), unconditional, blend(negatives), strength * weights)

@@ -122,6 +122,8 @@ class TrainSettings:
     def __post_init__(self):
         for name in ("steps", "prompts", "views", "resolution", "log_every", "validate_every", "checkpoint_every"):
             if getattr(self, name) < 1: raise UsageError(f"{name} is {getattr(self, name)}: expected a whole number of at least 1")
+        if self.render.budget is not None and self.render.budget < self.prompts:
+            raise UsageError(f"render.budget is {self.render.budget}: expected at least one ray for each of the {self.prompts} prompts of a step")
         if not 0 <= self.seed < 2**32: raise UsageError(f"seed is {self.seed}: expected a whole number from 0 to {2**32 - 1}")
 
 

@@ -7,20 +7,19 @@ __all__ = ['epoch_order', 'step_prompts', 'conditioning', 'with_own_texts', 'ran
            'distill', 'poses', 'fit_estimator', 'regularisers', 'generated', 'training_step']
 
 # %% ../../nbs/11_train/02_step.ipynb #0ef9ce45
-import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from ..camera.cameras import Cameras, camera_condition
 from ..camera.poses import orbit, sample_cameras
 from ..camera.rays import camera_rays
 from ..camera.views import view_prompts
-from ..core.settings import RunError
 from ..core.tensors import best_device, step_generator
+from ..core.watch import Told, Watch, guarded_step, send
 from ..distill.gradient import prescribed_gradient_loss
 from ..distill.methods import ScoreGradient
 from ..distill.timesteps import sample_timesteps
@@ -60,7 +59,7 @@ def conditioning(prior: Prior, texts: list[str], cameras: Cameras, settings: Dis
     "Texts for a step's images: prompt-major, `v` cameras each."
     azimuth, elevation = cameras.azimuth.flatten(), cameras.elevation.flatten()
     blank = prior.encode_text([settings.negative]).tokens.expand(len(azimuth), -1, -1)
-    if settings.views == "perp-neg": return perp_neg(view_embeddings(prior, _per_image(texts, cameras)), blank, azimuth.to(blank), elevation.to(blank))
+    if settings.views == "perp-neg": return perp_neg(view_embeddings(prior, _per_image(texts, cameras)), blank, azimuth, elevation)
     return Conditioning(prior.encode_text(_told(texts, cameras, settings.views)).tokens, blank)
 
 
@@ -92,6 +91,7 @@ class Run:
     generator: nn.Module
     step: int = 0  # optimiser steps done
     estimator: EstimatorTrainer | None = None  # of VSD and ESD
+    watch: Watch = field(default_factory=lambda: Watch("the checkpoints are intact: start anew with a lower --optim.lr or --distill.guidance"), init=False)
 
     @property
     def trained(self) -> list[Prompt]: return [prompt for prompt in self.prompts if prompt.split == "train"]
@@ -130,11 +130,11 @@ def distill(run: Run, latents: Float[Tensor, "n c h w"], texts: list[str], camer
     window = settings.distill.window(settings.steps)(run.step, last + 1)
     t = sample_timesteps(window, len(latents), rng)
     t_shifted = settings.distill.law()(t, window[0], last, rng)
-    noise = torch.randn(latents.shape, generator=rng).to(latents)
+    noise = send(torch.randn(latents.shape, generator=rng), latents)
     text = with_own_texts(prior, conditioning(prior, texts, cameras, settings.distill), texts, cameras, settings)
-    seen = {"camera": poses(cameras).to(latents)} if run.estimator else {}
+    seen = {"camera": send(poses(cameras), latents)} if run.estimator else {}
     method = method_of(settings, run.step, run.estimator and run.estimator.estimator)
-    return method(prior, latents.detach(), text, t.to(latents.device), noise, t_shifted.to(latents.device), **seen), noise
+    return method(prior, latents.detach(), text, send(t, latents.device), noise, send(t_shifted, latents.device), **seen), noise
 
 
 def poses(cameras: Cameras) -> Float[Tensor, "n 16"]:
@@ -142,11 +142,11 @@ def poses(cameras: Cameras) -> Float[Tensor, "n 16"]:
     return camera_condition(cameras.c2w()).flatten(0, 1)
 
 
-def fit_estimator(run: Run, latents: Float[Tensor, "n c h w"], texts: list[str], cameras: Cameras, rng: torch.Generator) -> dict[str, float]:
-    "One step of the run's estimator, if it has one, on a step's renders; what is logged of it."
+def fit_estimator(run: Run, latents: Float[Tensor, "n c h w"], texts: list[str], cameras: Cameras, rng: torch.Generator, fine: Bool[Tensor, ""] | None = None) -> dict[str, Tensor]:
+    "One step of the run's estimator, if it has one, on a step's renders that are `fine`; what is logged of it."
     if run.estimator is None: return {}
     plain = run.prior.encode_text(_per_image(texts, cameras)).tokens
-    return {"loss_estimator": run.estimator.step(run.prior.schedule, latents.detach(), plain, poses(cameras).to(latents), rng)}
+    return {"loss_estimator": run.estimator.step(run.prior.schedule, latents.detach(), plain, send(poses(cameras), latents), rng, fine=fine)}
 
 # %% ../../nbs/11_train/02_step.ipynb #6a5da1c2
 def regularisers(seen: Rendering, weights: dict[str, float], cloud: bool = False) -> dict[str, Tensor]:
@@ -159,17 +159,17 @@ def regularisers(seen: Rendering, weights: dict[str, float], cloud: bool = False
 def generated(generator: nn.Module, texts: TextEmbedding, rng: torch.Generator) -> Scene | DensityScene:
     "A step's scenes; a generator with `noise` gets so many normal numbers a prompt."
     width = getattr(generator, "noise", 0)
-    return generator(texts, torch.randn(len(texts.tokens), width, generator=rng)) if width else generator(texts)
+    return generator(texts, send(torch.randn(len(texts.tokens), width, generator=rng), texts.tokens)) if width else generator(texts)
 
 
-def training_step(run: Run, optimizer: torch.optim.Optimizer, texts: TextEmbedding) -> dict[str, float]:
-    "One optimiser step; returns what is logged of it. Raises RunError when a loss or gradient is not finite, before the weights change."
+def training_step(run: Run, optimizer: torch.optim.Optimizer, texts: TextEmbedding) -> Told:
+    "One optimiser step; what is logged of it. A loss or gradient that is not finite changes no weight, and is a RunError: at once on the CPU, elsewhere as soon as a number is read."
     s, rng = run.settings, step_generator(run.settings.seed, run.step)
     rows = step_prompts(s.seed, run.step, s.prompts, len(run.trained))
     cameras = sample_cameras(s.cameras, s.prompts, s.views, rng)
     rays = camera_rays(cameras, s.resolution, s.resolution).to(s.device)
-    background = random_backgrounds(s.prompts * s.views, rng).view(s.prompts, s.views, 3, 1, 1).to(s.device)
-    scene = generated(run.generator, texts[rows], rng)
+    background = send(random_backgrounds(s.prompts * s.views, rng), s.device).view(s.prompts, s.views, 3, 1, 1)
+    scene = generated(run.generator, texts[send(torch.tensor(rows), texts.tokens.device)], rng)
     seen = render(scene, rays, s.render, background=background, generator=rng)
     latents = run.prior.encode_image(seen.rgb.flatten(0, 1))
     prompts = [run.trained[i].text for i in rows]
@@ -179,13 +179,12 @@ def training_step(run: Run, optimizer: torch.optim.Optimizer, texts: TextEmbeddi
     optimizer.zero_grad(set_to_none=True)
     total.backward()
     moved = nn.utils.get_total_norm([p.grad for p in run.generator.parameters() if p.grad is not None])
-    if not all(math.isfinite(float(x.detach())) for x in (total, score.gradient.norm(), moved)):
-        bad = [name for name, loss in losses.items() if not math.isfinite(float(loss.detach()))]
-        raise RunError(f"step {run.step}: {', '.join(bad) or 'the gradient'} is not finite; the checkpoints are intact: start anew with a lower --optim.lr or --distill.guidance")
-    learnt = fit_estimator(run, latents, prompts, cameras, rng)
+    fine = run.watch.see(run.step, losses, total, score.gradient.norm(), moved)
+    run.watch.glance()
+    if learnt := fit_estimator(run, latents, prompts, cameras, rng, fine): fine = run.watch.see(run.step, learnt)
     for group in optimizer.param_groups: group["lr"] = s.optim.lr_at(run.step, s.steps) * getattr(run.generator, "lr_scale", 1.0)
-    optimizer.step()
-    return {f"loss_{name}": float(loss.detach()) for name, loss in losses.items()} | learnt | {
-        "gradient_norm": float(score.gradient.flatten(1).norm(dim=1).mean()), "opacity": float(seen.opacity.detach().mean()),
-        "error_t": float((score.unguided - noise).square().mean()), "error_t_shifted": float((score.source - noise).square().mean()),
-        "t": float(score.t.float().mean()), "lr": optimizer.param_groups[0]["lr"]}
+    guarded_step(optimizer, fine)
+    return Told(run.watch, {f"loss_{name}": loss for name, loss in losses.items()} | learnt | {
+        "gradient_norm": score.gradient.flatten(1).norm(dim=1).mean(), "opacity": seen.opacity.mean(),
+        "error_t": (score.unguided - noise).square().mean(), "error_t_shifted": (score.source - noise).square().mean(),
+        "t": score.t.float().mean(), "lr": optimizer.param_groups[0]["lr"]})

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['open_run', 'validation_picture', 'append_row', 'read_rows', 'keep_metrics', 'check_folder', 'start_folder', 'loop',
-           'log_session', 'interruptible', 'train']
+           'memory_line', 'log_session', 'interruptible', 'train']
 
 # %% ../../nbs/11_train/03_trainer.ipynb #19adbb7f
 import json
@@ -19,15 +19,17 @@ from pathlib import Path
 import torch
 from tqdm.auto import tqdm
 
-from ..camera.poses import orbit
+from ..camera.poses import orbit, sample_cameras
 from ..core.figures import image_grid
 from ..core.settings import RunError, UsageError, obstacle, replacing, to_json, write_atomic, writing
-from ..core.tensors import best_device, devices, machine, peak_memory_gb
+from ..core.tensors import best_device, devices, machine, peak_memory_gb, step_generator
+from ..core.watch import Told
+from ..render.memory import render_bytes
 from ..render.volume import render_views
 from ..text.corpora import Prompt, load_corpus, read_manifest, write_manifest
 from .checkpoints import checkpoint_steps, load_checkpoint, save_checkpoint
 from .settings import GENERATORS, Make, TrainSettings, read_settings
-from .step import Run, build, training_step
+from .step import Run, build, generated, step_prompts, training_step
 
 # %% ../../nbs/11_train/03_trainer.ipynb #45209a7e
 def open_run(folder: str | Path, step: int | None = None, make: Make | None = None) -> Run:
@@ -105,16 +107,28 @@ def loop(run: Run, optimizer: torch.optim.Optimizer, on_step: Callable | None, s
     s, texts = run.settings, run.prior.encode_text([prompt.text for prompt in run.trained])
     with tqdm(total=s.steps, initial=run.step, desc=s.method, disable=not show, mininterval=0.5) as bar:
         while run.step < s.steps:
-            metrics = training_step(run, optimizer, texts)
+            told = training_step(run, optimizer, texts)
             if run.step % s.log_every == 0:
-                append_row(run.folder / "metrics.jsonl", {"step": run.step} | metrics)
-                bar.set_postfix(norm=f"{metrics['gradient_norm']:.2f}", opacity=f"{metrics['opacity']:.2f}", refresh=False)
-            if on_step: on_step(run.step, metrics)
+                append_row(run.folder / "metrics.jsonl", {"step": run.step} | dict(told))
+                bar.set_postfix(norm=f"{told['gradient_norm']:.2f}", opacity=f"{told['opacity']:.2f}", refresh=False)
+            if on_step: on_step(run.step, told)
             run.step += 1
             bar.update()
+            if run.step % s.validate_every == 0 or run.step % s.checkpoint_every == 0: run.watch.read({})  # nothing is kept of a step that went wrong
             if run.step % s.validate_every == 0: validation_picture(run, run.folder / "validation" / f"{run.step:06d}.png")
             if run.step % s.checkpoint_every == 0: save_checkpoint(run.folder / "checkpoints", run.step, run.generator, optimizer, run.estimator)
             yield run.step
+
+# %% ../../nbs/11_train/03_trainer.ipynb #c699a4d2
+def memory_line(run: Run) -> str:
+    "What a step holds, in a sentence."
+    s, weights = run.settings, [p for p in run.generator.parameters() if p.requires_grad]
+    texts = run.prior.encode_text([run.trained[i].text for i in step_prompts(s.seed, 0, s.prompts, len(run.trained))])
+    cameras, make = sample_cameras(s.cameras, s.prompts, s.views, step_generator(s.seed, 0)), lambda: generated(run.generator, texts, step_generator(s.seed, 0))
+    renders = render_bytes(make, weights, cameras, s.resolution, s.render)
+    kept = 4 * sum(p.numel() * p.element_size() for p in weights)
+    limit = f"in pieces of {s.render.budget} rays" if s.render.budget else "at once; --render.budget bounds it"
+    return f"memory of a step: about {renders / 1e9:.2f} GB for its renders, {limit}, and {kept / 1e9:.2f} GB for weights, gradients and Adam, beside the prior"
 
 # %% ../../nbs/11_train/03_trainer.ipynb #2a7102bc
 def log_session(run: Run, first: int, started: float) -> None:
@@ -141,21 +155,23 @@ def interruptible() -> Iterator[Callable[[], bool]]:
     if heard: raise KeyboardInterrupt
 
 # %% ../../nbs/11_train/03_trainer.ipynb #e38102a2
-def train(folder: str | Path, settings: TrainSettings, resume: bool = False, on_step: Callable[[int, dict[str, float]], None] | None = None,
-          stop: Callable[[], bool] = lambda: False, show: bool = True, make: Make | None = None) -> Run:
-    "Train to `settings.steps`, or until `stop()`; returns the run. With `make` (text width to generator) `settings.generator` is but a name for what it makes. An interrupt saves a checkpoint, and is raised then."
+def train(folder: str | Path, settings: TrainSettings, resume: bool = False, on_step: Callable[[int, Told], None] | None = None,
+          stop: Callable[[], bool] = lambda: False, show: bool = True, make: Make | None = None, on_start: Callable[[Run], None] | None = None) -> Run:
+    "Train to `settings.steps`, or until `stop()`; returns the run. With `make` (text width to generator) `settings.generator` is but a name for what it makes. `on_start` sees the run before its first step; `on_step` each step, whose numbers it may read, which lets the host wait. An interrupt saves a checkpoint, and is raised then."
     folder, started = Path(folder), time.monotonic()
     settings, prompts = replace(settings, device=str(best_device(settings.device))), load_corpus(settings.corpus)
     check_folder(folder, settings, prompts, resume)
     run = build(folder, settings, prompts, make)
     start_folder(run)
-    optimizer = torch.optim.Adam(run.generator.parameters(), settings.optim.lr, settings.optim.betas, settings.optim.eps, fused=settings.device == "cpu")
+    optimizer = torch.optim.Adam(run.generator.parameters(), settings.optim.lr, settings.optim.betas, settings.optim.eps, fused=settings.device != "mps")
     if steps := checkpoint_steps(folder / "checkpoints"):
         run.step = load_checkpoint(folder / "checkpoints" / f"{steps[-1]:06d}", run.generator, optimizer, run.estimator)
     keep_metrics(folder / "metrics.jsonl", first := run.step)
+    if on_start and run.step < settings.steps: on_start(run)
     with interruptible() as interrupted:
         for _ in loop(run, optimizer, on_step, show):
             if stop() or interrupted(): break
+        run.watch.read({})
         if run.step not in checkpoint_steps(folder / "checkpoints"): save_checkpoint(folder / "checkpoints", run.step, run.generator, optimizer, run.estimator)
         log_session(run, first, started)
     return run
