@@ -185,6 +185,13 @@ def test_wrong_words_are_one_sentence_before_any_work(words, said, tmp_path, mon
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_the_hash_grid_on_a_gpu_that_is_not_here(monkeypatch, capsys):
+    monkeypatch.setitem(BENCHES, "hashgrid", lambda *_: pytest.fail("it ran"))
+    assert main(["bench", "hashgrid", "--device", "cuda"]) == 2
+    assert "device 'cuda' is not on this machine; there is " in capsys.readouterr().err
+
+
 def test_a_failed_check_leaves_the_old_file(tmp_path, monkeypatch, capsys):
     def fails(device, quick):
         raise RunError("decoder: values is 1 apart")

@@ -11,6 +11,7 @@ import pytest
 import torch
 from triton_cases import CASES, SMALL, table_of
 
+from scaledreamer.bench.fields import matches
 from scaledreamer.core.settings import UsageError
 from scaledreamer.core.tensors import generator
 from scaledreamer.field import encodings
@@ -115,6 +116,15 @@ def test_a_backend_that_cannot_serve(backend, there, said, machine, monkeypatch)
         HashGrid(SMALL, backend)(torch.zeros(1, 3))
     assert said in str(error.value) and "\n" not in str(error.value)
     assert pick_backend("torch", torch.zeros(1)) == "torch"
+
+
+@pytest.mark.parametrize(("there", "compared"), [
+    (["triton", "gcc"], [("triton", "torch"), ("triton", "torch")]), (["triton", "gcc", "tinycudann"], [("triton", "torch"), ("triton", "torch"), ("triton", "tinycudann")]),
+    (["tinycudann"], [("auto", "torch"), ("auto", "torch")]), ([], [("auto", "torch"), ("auto", "torch")]),
+])  # fmt: skip
+def test_what_the_benchmark_compares(there, compared, machine):
+    machine(*there)
+    assert [match[1:] for match in matches("cuda:0")] == compared and [match[1:] for match in matches("cpu")] == [("auto", "torch")] * 2
 
 
 def test_points_and_table_on_two_devices():

@@ -54,11 +54,10 @@ def apart(x: torch.Tensor, shape: HashGridSettings = SMALL, kind: torch.dtype = 
 @case
 def dimensions_and_features():
     found = []
-    for dims in (2, 3):
-        for features in (1, 2, 3, 4):
-            shape = HashGridSettings(levels=2, features=features, log2_size=5, base=3 if dims == 3 else 5, scale=2.0, dims=dims)
-            assert [level.hashed for level in grid_levels(shape)] == [False, True]
-            found.append(apart(torch.rand(60, dims, generator=generator(features)) * 1.5 - 0.25, shape))
+    for dims, features in ((2, 1), (2, 2), (2, 3), (3, 1), (3, 2), (3, 4)):
+        shape = HashGridSettings(levels=2, features=features, log2_size=5, base=3 if dims == 3 else 5, scale=2.0, dims=dims)
+        assert [level.hashed for level in grid_levels(shape)] == [False, True]
+        found.append(apart(torch.rand(60, dims, generator=generator(features)) * 1.5 - 0.25, shape))
     return found
 
 
@@ -93,7 +92,7 @@ def not_numbers():
 @case
 def counts():
     triton_grid.BLOCK = 16
-    found = [apart(torch.rand(count, 3, generator=generator(count))) for count in (0, 1, 15, 16, 17, 33)]
+    found = [apart(torch.rand(count, 3, generator=generator(count))) for count in (0, 1, 16, 17)]
     triton_grid.BLOCK = 512
     return found
 
