@@ -110,7 +110,7 @@ class Prior(Protocol):
 
 # %% ../../nbs/02_prior/01_base.ipynb #0eeae506
 Evaluation = tuple[Tensor, Tensor, Tensor]  # x_t [b, ...], t [b], tokens [b, n, d]
-Rows = tuple[Int[Tensor, " u"], Int[Tensor, " b"]]  # where each distinct row first stands, and which of these each row is
+Rows = tuple[Int[Tensor, " u"], Int[Tensor, " r"]]  # where each distinct row first stands, and which of these each row is
 
 
 @runtime_checkable

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PriorSettings', 'SharedText', 'share_text', 'run_as']
 
-# %% ../../nbs/02_prior/04_running.ipynb #be8ec5a5
+# %% ../../nbs/02_prior/04_running.ipynb #502a4b36
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -20,7 +20,7 @@ from ..core.settings import UsageError
 from .base import Rows
 from .pipelines import quiet
 
-# %% ../../nbs/02_prior/04_running.ipynb #665fd555
+# %% ../../nbs/02_prior/04_running.ipynb #cdc43b40
 @dataclass(frozen=True)
 class PriorSettings:
     "How a Stable Diffusion's networks are run. On a CPU the defaults change no number."
@@ -29,7 +29,7 @@ class PriorSettings:
     compile: bool = False  # U-Net and VAE encoder through torch.compile
     graphs: bool = False  # the U-Net compiled and replayed as a CUDA graph
     shared_text: bool = False  # cross-attention's keys and values once for each distinct text of a step
-    vae_checkpoint: bool = False  # keep few activations of the VAE's encoder and compute the rest again on the way back
+    vae_checkpoint: bool = False  # AutoencoderKL keeps few of its encoder's activations and computes the rest again on the way back
 
     def dtype_on(self, device: str | torch.device) -> torch.dtype:
         "The networks' precision there. Raises `UsageError` for what the device does not do."
@@ -38,7 +38,7 @@ class PriorSettings:
         if self.graphs and kind != "cuda": raise UsageError(f"the prior's graphs are true on {device}, and only CUDA has them: give compile instead")
         return getattr(torch, {"auto": "float16" if kind == "cuda" else "float32"}.get(self.dtype, self.dtype))
 
-# %% ../../nbs/02_prior/04_running.ipynb #409474f1
+# %% ../../nbs/02_prior/04_running.ipynb #fe9b6334
 class SharedText(AttnProcessor2_0):
     "An attention processor of diffusers that computes keys and values once for each distinct text."
 
@@ -61,12 +61,12 @@ def share_text(unet: UNet2DConditionModel) -> None:
             raise UsageError(f"shared_text is true for a U-Net with {type(layer.processor).__name__}: it is written for Stable Diffusion's plain attention, leave it out")
     for layer in layers: layer.set_processor(SharedText())
 
-# %% ../../nbs/02_prior/04_running.ipynb #81b1c572
+# %% ../../nbs/02_prior/04_running.ipynb #562787d2
 def run_as(unet: UNet2DConditionModel, vae: AutoencoderKL | AutoencoderTiny, settings: PriorSettings, backend: str | Callable[..., Any] = "inductor") -> None:
     "Runs the networks as the settings say, precision aside."
     if settings.channels_last:
         with quiet(): unet.to(memory_format=torch.channels_last), vae.to(memory_format=torch.channels_last)
-    if settings.vae_checkpoint: vae.enable_gradient_checkpointing()
+    if settings.vae_checkpoint and isinstance(vae, AutoencoderKL): vae.enable_gradient_checkpointing()
     if settings.shared_text: share_text(unet)
     if settings.compile or settings.graphs:
         unet.compile(backend=backend, mode="reduce-overhead" if settings.graphs else None)
