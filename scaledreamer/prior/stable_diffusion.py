@@ -19,9 +19,10 @@ from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from ..core.settings import RunError, UsageError
-from .base import TextEmbedding
+from .base import Rows, TextEmbedding
 from .clip_text import TextCache
 from .pipelines import load_part, load_plain, pipeline_index, quiet
+from .running import PriorSettings, run_as
 from .schedule import from_diffusers
 
 # %% ../../nbs/02_prior/05_stable_diffusion.ipynb #357b79fe
@@ -84,8 +85,8 @@ def open_parts(
 class StableDiffusionPrior:
     "A `Prior` from the parts of a Stable Diffusion pipeline. Raises `UsageError` for parts that do not fit together."
 
-    def __init__(self, unet: UNet2DConditionModel, vae: AutoencoderKL | AutoencoderTiny, text: TextCache, scheduler: Any) -> None:
-        self.unet, self.vae, self.text = unet, vae, text
+    def __init__(self, unet: UNet2DConditionModel, vae: AutoencoderKL | AutoencoderTiny, text: TextCache, scheduler: Any, settings: PriorSettings = PriorSettings()) -> None:
+        self.unet, self.vae, self.text, self.settings = unet, vae, text, settings
         self.latent_shape, self.image_size = sizes(unet, vae)
         self.schedule, self.prediction_type = from_diffusers(scheduler), scheduler.config.prediction_type
         if self.prediction_type not in ("epsilon", "v_prediction", "sample"):
@@ -95,13 +96,19 @@ class StableDiffusionPrior:
     def from_pretrained(
         cls,
         path_or_id: str | Path = TINY,  # a folder that StableDiffusionPipeline wrote, or a hub id
-        dtype: torch.dtype = torch.float32,  # of the networks; images and latents keep their own
+        settings: PriorSettings = PriorSettings(),  # how the networks are run
         device: str | torch.device = "cpu",
         strict: bool = False,  # refuse prompts beyond the window instead of cutting them
         variant: str | None = None,  # of the weight files, e.g. "fp16"
     ) -> Self:
         "Raises `UsageError` for what is no Stable Diffusion and `RunError` for damaged files, naming them and the remedy."
-        return cls(*open_parts(path_or_id, strict, variant)).to(device, dtype)
+        dtype = settings.dtype_on(device)
+        prior = cls(*open_parts(path_or_id, strict, variant), settings).to(device, dtype)
+        run_as(prior.unet, prior.vae, settings)
+        return prior
+
+    @property
+    def shared_text(self) -> bool: return self.settings.shared_text
 
     def to(self, device: str | torch.device, dtype: torch.dtype | None = None) -> Self:
         with quiet():
@@ -118,14 +125,16 @@ class StableDiffusionPrior:
         return latent_images(self.vae, latents)
 
     def encode_text(self, texts: list[str]) -> TextEmbedding:
-        return self.text(texts)
+        return self.text(texts).to(torch.float32)
 
-    def predict_noise(self, x_t: Tensor, t: Tensor, tokens: Tensor, camera: Tensor | None = None) -> Tensor:
+    def predict_noise(self, x_t: Tensor, t: Tensor, tokens: Tensor, camera: Tensor | None = None, rows: Rows | None = None) -> Tensor:
         if camera is not None: raise UsageError("Stable Diffusion sees no camera: leave camera out, and put the view into the prompt")
-        return self.noise_by(self.unet, x_t, t, tokens)
+        return self.noise_by(self.unet, x_t, t, tokens, rows=rows)
 
-    def noise_by(self, unet: UNet2DConditionModel, x_t: Tensor, t: Tensor, tokens: Tensor, class_labels: Tensor | None = None) -> Tensor:
+    def noise_by(self, unet: UNet2DConditionModel, x_t: Tensor, t: Tensor, tokens: Tensor, class_labels: Tensor | None = None, rows: Rows | None = None) -> Tensor:
         "The noise that another U-Net of this kind sees, e.g. a fine-tuned one."
-        out = unet(x_t.to(unet.dtype), t, encoder_hidden_states=tokens.to(unet.dtype), class_labels=class_labels).sample.to(x_t.dtype)
+        told = None if rows is None else {"rows": rows}
+        out = unet(x_t.to(unet.dtype), t, encoder_hidden_states=tokens.to(unet.dtype), class_labels=class_labels, cross_attention_kwargs=told).sample
+        out = out.to(x_t.dtype, copy=self.settings.graphs)  # a graph's next replay writes over it
         as_eps = {"epsilon": lambda *x: out, "v_prediction": self.schedule.eps_from_v, "sample": self.schedule.eps_from_x0}
         return as_eps[self.prediction_type](x_t, out, t)

@@ -33,6 +33,7 @@ from ..generator.ingp import INGP, INGPSettings
 from ..generator.triplane import Triplane, TriplaneSettings
 from ..generator.weights import ReleasedSettings
 from ..prior.base import Prior
+from ..prior.running import PriorSettings
 from ..prior.stable_diffusion import StableDiffusionPrior
 from ..prior.toybox_mixture import toybox_mixture
 from ..render.settings import RELEASE, RenderSettings
@@ -112,6 +113,7 @@ class TrainSettings:
     log_every: int = 10
     validate_every: int = 500
     checkpoint_every: int = 500
+    prior_settings: PriorSettings = field(default_factory=PriorSettings)  # how a Stable Diffusion is run; the mixture has no networks
     distill: DistillSettings = field(default_factory=DistillSettings)
     loss: LossSettings = field(default_factory=LossSettings)
     optim: OptimSettings = field(default_factory=OptimSettings)
@@ -171,9 +173,9 @@ def make_estimator(settings: TrainSettings, prior: Prior) -> EstimatorTrainer | 
 def make_prior(settings: TrainSettings, prompts: tuple[Prompt, ...]) -> Prior:
     "The 2D prior, frozen, on the run's device."
     match settings.prior:
-        case "tiny-sd": return StableDiffusionPrior.from_pretrained(device=settings.device, strict=True)
+        case "tiny-sd": return StableDiffusionPrior.from_pretrained(settings=settings.prior_settings, device=settings.device, strict=True)
         case "mixture": return toybox_mixture(tuple(prompt.text for prompt in prompts), settings.distill.views, seed=settings.seed).to(settings.device)
-        case path_or_id if "/" in path_or_id or Path(path_or_id).exists(): return StableDiffusionPrior.from_pretrained(path_or_id, device=settings.device, strict=True)
+        case path_or_id if "/" in path_or_id or Path(path_or_id).exists(): return StableDiffusionPrior.from_pretrained(path_or_id, settings.prior_settings, settings.device, strict=True)
         case name: raise UsageError(f"no prior {name!r}: give tiny-sd, mixture, a Stable Diffusion folder or a hub id such as OWNER/NAME")
 
 # %% ../../nbs/11_train/00_settings.ipynb #62f93988
