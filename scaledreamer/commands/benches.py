@@ -20,6 +20,7 @@ from ..bench.meshes import bench_mesh
 from ..bench.pairs import result
 from ..bench.priors import bench_prior, bench_sd21
 from ..bench.renders import bench_render
+from ..bench.roofline import bench_roofline
 from ..bench.steps import bench_step, corpus_scaling
 from ..core.settings import UsageError, write_json_atomic
 from ..core.tensors import best_device
@@ -43,7 +44,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
 # %% ../../nbs/15_commands/02_benches.ipynb #03bd3a5a
 BENCHES: dict[str, Callable[[str, bool], list[dict[str, Any]]]] = {
     "hashgrid": hashgrid, "render": bench_render, "decoder": decoder, "step": bench_step, "mesh": bench_mesh, "prior": bench_prior, "prior-sd21": bench_sd21,
-    "batch-scaling": batch_scaling, "corpus-scaling": corpus_scaling}
+    "batch-scaling": batch_scaling, "corpus-scaling": corpus_scaling, "roofline": bench_roofline}
 
 
 def check_writable(path: Path) -> None:
