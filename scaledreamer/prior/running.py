@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PriorSettings', 'SharedText', 'share_text', 'run_as']
 
-# %% ../../nbs/02_prior/04_running.ipynb #502a4b36
+# %% ../../nbs/02_prior/04_running.ipynb #80d9832c
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -20,7 +20,7 @@ from ..core.settings import UsageError
 from .base import Rows
 from .pipelines import quiet
 
-# %% ../../nbs/02_prior/04_running.ipynb #cdc43b40
+# %% ../../nbs/02_prior/04_running.ipynb #c4dc77d7
 @dataclass(frozen=True)
 class PriorSettings:
     "How a Stable Diffusion's networks are run. On a CPU the defaults change no number."
@@ -38,7 +38,7 @@ class PriorSettings:
         if self.graphs and kind != "cuda": raise UsageError(f"the prior's graphs are true on {device}, and only CUDA has them: give compile instead")
         return getattr(torch, {"auto": "float16" if kind == "cuda" else "float32"}.get(self.dtype, self.dtype))
 
-# %% ../../nbs/02_prior/04_running.ipynb #fe9b6334
+# %% ../../nbs/02_prior/04_running.ipynb #789ec6c5
 class SharedText(AttnProcessor2_0):
     "An attention processor of diffusers that computes keys and values once for each distinct text."
 
@@ -61,7 +61,7 @@ def share_text(unet: UNet2DConditionModel) -> None:
             raise UsageError(f"shared_text is true for a U-Net with {type(layer.processor).__name__}: it is written for Stable Diffusion's plain attention, leave it out")
     for layer in layers: layer.set_processor(SharedText())
 
-# %% ../../nbs/02_prior/04_running.ipynb #562787d2
+# %% ../../nbs/02_prior/04_running.ipynb #80947bb1
 def run_as(unet: UNet2DConditionModel, vae: AutoencoderKL | AutoencoderTiny, settings: PriorSettings, backend: str | Callable[..., Any] = "inductor") -> None:
     "Runs the networks as the settings say, precision aside."
     if settings.channels_last:

@@ -102,7 +102,7 @@ class StableDiffusionPrior:
         variant: str | None = None,  # of the weight files, e.g. "fp16"
     ) -> Self:
         "Raises `UsageError` for what is no Stable Diffusion and `RunError` for damaged files, naming them and the remedy."
-        dtype = settings.dtype_on(device)
+        dtype = settings.dtype_on(device)  # before anything is read
         prior = cls(*open_parts(path_or_id, strict, variant), settings).to(device, dtype)
         run_as(prior.unet, prior.vae, settings)
         return prior
@@ -121,11 +121,9 @@ class StableDiffusionPrior:
     def encode_image(self, rgb: Tensor, generator: torch.Generator | None = None) -> Tensor:
         return image_latents(self.vae, rgb, self.image_size, generator)
 
-    def decode(self, latents: Tensor) -> Tensor:
-        return latent_images(self.vae, latents)
+    def decode(self, latents: Tensor) -> Tensor: return latent_images(self.vae, latents)
 
-    def encode_text(self, texts: list[str]) -> TextEmbedding:
-        return self.text(texts).to(torch.float32)
+    def encode_text(self, texts: list[str]) -> TextEmbedding: return self.text(texts).to(torch.float32)
 
     def predict_noise(self, x_t: Tensor, t: Tensor, tokens: Tensor, camera: Tensor | None = None, rows: Rows | None = None) -> Tensor:
         if camera is not None: raise UsageError("Stable Diffusion sees no camera: leave camera out, and put the view into the prompt")
@@ -133,8 +131,7 @@ class StableDiffusionPrior:
 
     def noise_by(self, unet: UNet2DConditionModel, x_t: Tensor, t: Tensor, tokens: Tensor, class_labels: Tensor | None = None, rows: Rows | None = None) -> Tensor:
         "The noise that another U-Net of this kind sees, e.g. a fine-tuned one."
-        told = None if rows is None else {"rows": rows}
-        out = unet(x_t.to(unet.dtype), t, encoder_hidden_states=tokens.to(unet.dtype), class_labels=class_labels, cross_attention_kwargs=told).sample
-        out = out.to(x_t.dtype, copy=self.settings.graphs)  # a graph's next replay writes over it
+        options = {"class_labels": class_labels, "cross_attention_kwargs": None if rows is None else {"rows": rows}}
+        out = unet(x_t.to(unet.dtype), t, encoder_hidden_states=tokens.to(unet.dtype), **options).sample.to(x_t.dtype, copy=self.settings.graphs)  # a replay writes over it
         as_eps = {"epsilon": lambda *x: out, "v_prediction": self.schedule.eps_from_v, "sample": self.schedule.eps_from_x0}
         return as_eps[self.prediction_type](x_t, out, t)

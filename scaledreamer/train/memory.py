@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['RESERVE', 'MEMORY_PRESETS', 'render_bytes', 'evaluated', 'encoded', 'step_bytes', 'MemoryPreset']
 
-# %% ../../nbs/11_train/05_memory.ipynb #c36e6fb3
+# %% ../../nbs/11_train/05_memory.ipynb #1a967c14
 from dataclasses import dataclass, replace
 from functools import cache
 
@@ -21,7 +21,7 @@ from ..render.volume import render
 from .settings import TrainSettings, make_generator, paper
 from .step import generated
 
-# %% ../../nbs/11_train/05_memory.ipynb #11c60961
+# %% ../../nbs/11_train/05_memory.ipynb #c265139a
 def render_bytes(settings: TrainSettings, side: int, width: int = 1024) -> tuple[int, int, int]:  # kept, at most on the way back, weights of the generator
     "What one image of `side` pixels keeps for its gradient."
     network, rng = make_generator(settings, width), generator(0)
@@ -33,7 +33,7 @@ def render_bytes(settings: TrainSettings, side: int, width: int = 1024) -> tuple
         seen.rgb.sum().backward()
     return kept, live.peak, weights(network)
 
-# %% ../../nbs/11_train/05_memory.ipynb #98af6f64
+# %% ../../nbs/11_train/05_memory.ipynb #3dac8198
 RESERVE = 1_500_000_000  # bytes, assumed
 
 
@@ -59,7 +59,7 @@ def step_bytes(prior: PriorSettings, images: int, trained: int, render: int, eva
     scale, (networks, asked), (kept, back) = prior.dtype_on(device).itemsize // 2, evaluated(), encoded(prior.vae_checkpoint)
     return {"networks": scale * networks, "generator and Adam": 16 * trained, "renders": images * render, "activations": images * scale * max(kept + evaluations * asked, back), "reserve": RESERVE}
 
-# %% ../../nbs/11_train/05_memory.ipynb #6d8e5ade
+# %% ../../nbs/11_train/05_memory.ipynb #9fab2487
 @dataclass(frozen=True)
 class MemoryPreset:
     "What decides how much a step with Stable Diffusion takes."
