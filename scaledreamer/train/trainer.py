@@ -128,7 +128,7 @@ def memory_line(run: Run) -> str:
     renders = render_bytes(make, weights, cameras, s.resolution, s.render)
     kept = 4 * sum(p.numel() * p.element_size() for p in weights)
     limit = f"in pieces of {s.render.budget} rays" if s.render.budget else "at once; --render.budget bounds it"
-    return f"memory of a step: about {renders / 1e9:.2f} GB for its renders, {limit}, and {kept / 1e9:.2f} GB for weights, gradients and Adam, beside the prior"
+    return f"memory of a step: about {renders / 1e6:.0f} MB for its renders, {limit}, and {kept / 1e6:.1f} MB for weights, gradients and Adam, beside the prior"
 
 # %% ../../nbs/11_train/03_trainer.ipynb #2a7102bc
 def log_session(run: Run, first: int, started: float) -> None:
