@@ -38,7 +38,7 @@ def rates(device: str, quick: bool, clock: Clock) -> dict[str, float]:
     x, y = (torch.rand(count, device=device) for _ in range(2))
     table, where = torch.rand(2**19, 2, device=device), torch.randint(2**19, (count // 8,), generator=generator(0)).to(device)
     a, b = (torch.rand(side, side, device=device) for _ in range(2))
-    work = {"streamed": (lambda: y.copy_(x), 8 * count), "random": (lambda: table[where], 8 * len(where)), "operations": (lambda: a @ b, 2 * side**3)}
+    work = {"streamed": (lambda: y.copy_(x), 8 * count), "random": (lambda: torch.index_select(table, 0, where), 8 * len(where)), "operations": (lambda: a @ b, 2 * side**3)}
     return {name: amount / spread(timed(call, device, rounds, clock))["median"] for name, (call, amount) in work.items()}
 
 # %% ../../nbs/14_bench/08_roofline.ipynb #38b3f4ba
