@@ -93,15 +93,10 @@ class StableDiffusionPrior:
             raise UsageError(f"the U-Net predicts {self.prediction_type!r}: expected epsilon, v_prediction or sample")
 
     @classmethod
-    def from_pretrained(
-        cls,
-        path_or_id: str | Path = TINY,  # a folder that StableDiffusionPipeline wrote, or a hub id
-        settings: PriorSettings = PriorSettings(),  # how the networks are run
-        device: str | torch.device = "cpu",
-        strict: bool = False,  # refuse prompts beyond the window instead of cutting them
-        variant: str | None = None,  # of the weight files, e.g. "fp16"
-    ) -> Self:
-        "Raises `UsageError` for what is no Stable Diffusion and `RunError` for damaged files, naming them and the remedy."
+    def from_pretrained(cls, path_or_id: str | Path = TINY, settings: PriorSettings = PriorSettings(), device: str | torch.device = "cpu",
+                        strict: bool = False, variant: str | None = None) -> Self:
+        """A folder that StableDiffusionPipeline wrote, or a hub id. `strict` refuses prompts beyond the window instead of cutting them; `variant` is that of the weight files, e.g. "fp16".
+        Raises `UsageError` for what is no Stable Diffusion and `RunError` for damaged files, naming them and the remedy."""
         dtype = settings.dtype_on(device)  # before anything is read
         prior = cls(*open_parts(path_or_id, strict, variant), settings).to(device, dtype)
         run_as(prior.unet, prior.vae, settings)
@@ -132,7 +127,7 @@ class StableDiffusionPrior:
     def noise_by(self, unet: UNet2DConditionModel, x_t: Tensor, t: Tensor, tokens: Tensor, class_labels: Tensor | None = None, rows: Rows | None = None) -> Tensor:
         "The noise that another U-Net of this kind sees, e.g. a fine-tuned one."
         options = {"class_labels": class_labels, "cross_attention_kwargs": None if rows is None else {"rows": rows}}
-        dtype = unet.conv_in.weight.dtype  # unet.dtype walks through all modules, each time
-        out = unet(x_t.to(dtype), t, encoder_hidden_states=tokens.to(dtype), **options).sample.to(x_t.dtype, copy=self.settings.graphs)  # a replay writes over it
+        first = unet.conv_in.weight  # unet.dtype would walk through all modules
+        out = unet(x_t.to(first.dtype), t, encoder_hidden_states=tokens.to(first.dtype), **options).sample.to(x_t.dtype, copy=self.settings.graphs)  # a replay writes over it
         as_eps = {"epsilon": lambda *x: out, "v_prediction": self.schedule.eps_from_v, "sample": self.schedule.eps_from_x0}
         return as_eps[self.prediction_type](x_t, out, t)
