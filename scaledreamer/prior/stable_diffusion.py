@@ -86,7 +86,7 @@ class StableDiffusionPrior:
     "A `Prior` from the parts of a Stable Diffusion pipeline. Raises `UsageError` for parts that do not fit together."
 
     def __init__(self, unet: UNet2DConditionModel, vae: AutoencoderKL | AutoencoderTiny, text: TextCache, scheduler: Any, settings: PriorSettings = PriorSettings()) -> None:
-        self.unet, self.vae, self.text, self.settings = unet, vae, text, settings
+        self.unet, self.vae, self.text, self.settings, self.shared_text = unet, vae, text, settings, settings.shared_text
         self.latent_shape, self.image_size = sizes(unet, vae)
         self.schedule, self.prediction_type = from_diffusers(scheduler), scheduler.config.prediction_type
         if self.prediction_type not in ("epsilon", "v_prediction", "sample"):
@@ -102,19 +102,14 @@ class StableDiffusionPrior:
         run_as(prior.unet, prior.vae, settings)
         return prior
 
-    @property
-    def shared_text(self) -> bool: return self.settings.shared_text
-
     def to(self, device: str | torch.device, dtype: torch.dtype | None = None) -> Self:
         with quiet():
-            for network in (self.unet, self.vae, self.text.encoder):
-                network.to(device=device, dtype=dtype or network.dtype)
+            for network in (self.unet, self.vae, self.text.encoder): network.to(device=device, dtype=dtype or network.dtype)
         self.schedule = self.schedule.to(device)
         self.text.known.clear()
         return self
 
-    def encode_image(self, rgb: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        return image_latents(self.vae, rgb, self.image_size, generator)
+    def encode_image(self, rgb: Tensor, generator: torch.Generator | None = None) -> Tensor: return image_latents(self.vae, rgb, self.image_size, generator)
 
     def decode(self, latents: Tensor) -> Tensor: return latent_images(self.vae, latents)
 
