@@ -114,11 +114,11 @@ def test_the_memory_told_is_what_is_held(settings):
     from scaledreamer.camera.poses import sample_cameras
     from scaledreamer.core.tensors import step_generator
     from scaledreamer.render.memory import held_by_render, render_bytes
-    for budget in (None, 500):
-        own = replace(settings, prior="tiny-sd", corpus="toybox-15", views=2, resolution=48, render=replace(settings.render, budget=budget))
+    for budget in (None, 1500):
+        own = replace(settings, prior="tiny-sd", corpus="toybox-15", views=2, resolution=64, render=replace(settings.render, budget=budget))
         run = build(Path("nowhere"), own, number([("a red ball", "train"), ("a blue cube", "train")]))
         text, weights = run.prior.encode_text([prompt.text for prompt in run.prompts]), list(run.generator.parameters())
-        asked = (lambda: run.generator(text), weights, sample_cameras(own.cameras, 2, 2, step_generator(0, 0)), 48, own.render)
+        asked = (lambda: run.generator(text), weights, sample_cameras(own.cameras, 2, 2, step_generator(0, 0)), 64, own.render)
         assert 1 / 1.5 < render_bytes(*asked) / held_by_render(*asked)[0] < 1.5
 
 

@@ -38,7 +38,7 @@ def held_by_render(make: Make, weights: Sequence[Tensor], cameras: Cameras, side
     return held.most, count
 
 # %% ../../nbs/08_render/09_memory.ipynb #3bac409c
-def render_bytes(make: Make, weights: Sequence[Tensor], cameras: Cameras, side: int, settings: RenderSettings, small: tuple[int, int] = (10, 20)) -> int:
+def render_bytes(make: Make, weights: Sequence[Tensor], cameras: Cameras, side: int, settings: RenderSettings, small: tuple[int, int] = (24, 40)) -> int:
     "About the bytes that a render of `side` x `side` pixels and its backward pass hold at most, from small renders of the same scenes and cameras."
     free, one, other = replace(settings, budget=None), *small
     low, few = held_by_render(make, weights, cameras, one, free)
