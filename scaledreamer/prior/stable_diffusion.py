@@ -122,7 +122,7 @@ class StableDiffusionPrior:
     def noise_by(self, unet: UNet2DConditionModel, x_t: Tensor, t: Tensor, tokens: Tensor, class_labels: Tensor | None = None, rows: Rows | None = None) -> Tensor:
         "The noise that another U-Net of this kind sees, e.g. a fine-tuned one."
         options = {"class_labels": class_labels, "cross_attention_kwargs": None if rows is None else {"rows": rows}}
-        first = unet.conv_in.weight  # unet.dtype would walk through all modules
-        out = unet(x_t.to(first.dtype), t, encoder_hidden_states=tokens.to(first.dtype), **options).sample.to(x_t.dtype, copy=self.settings.graphs)  # a replay writes over it
+        dtype = unet.dtype  # found by a walk through all its modules: once is enough
+        out = unet(x_t.to(dtype), t, encoder_hidden_states=tokens.to(dtype), **options).sample.to(x_t.dtype, copy=self.settings.graphs)  # a replay writes over it
         as_eps = {"epsilon": lambda *x: out, "v_prediction": self.schedule.eps_from_v, "sample": self.schedule.eps_from_x0}
         return as_eps[self.prediction_type](x_t, out, t)
