@@ -79,6 +79,6 @@ def bench_roofline(device: str = "cpu", quick: bool = False, clock: Clock = time
     for work in works(device, quick):
         times, (floor, limit) = timed(work.call, device, 2 if quick else 10, clock), work.floor(known)
         sides = {"ours": spread(times), "anchor": spread([floor])}
-        about = {"limit": limit, "streamed": work.streamed, "random": work.random, "operations": work.operations, "rates": known, "anchor_is": f"the floor by {limit}"}
+        about = {"rounds": len(times), "limit": limit, "streamed": work.streamed, "random": work.random, "operations": work.operations, "rates": known, "anchor_is": f"the floor by {limit}"}
         rows.append({"name": work.name, "ratio": floor / sides["ours"]["median"], "ratio_each_round": spread([floor / each for each in times])} | sides | about)
     return rows
