@@ -1,13 +1,11 @@
 """3DConv-net against the tensors of the release's own modules (tests/parity), and parameter counts to the unit."""
 
 import json
-import zlib
-from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+
+from released import PARITY, check_eval, check_train, fixture, formula, stratified
 
 from scaledreamer.camera.rays import Rays
 from scaledreamer.field.background import EnvironmentMap
@@ -16,14 +14,8 @@ from scaledreamer.generator.releases import conv3d_key
 from scaledreamer.prior.base import TextEmbedding
 from scaledreamer.render.placing import place_samples
 from scaledreamer.render.settings import RELEASE
-from scaledreamer.render.volume import render
 
-PARITY = Path(__file__).parent / "parity"
 NAMES = ("03_conv3d_a_res16", "03_conv3d_b_res32_nobias32")
-
-
-def fixture(name):
-    return json.loads((PARITY / f"{name}.json").read_text()), load_file(PARITY / f"{name}.safetensors")
 
 
 def our_key(key):
@@ -117,28 +109,16 @@ def render_fixture():
 
 def test_render():
     _, t, scene, rays, image, _ = render_fixture()
-    with torch.no_grad():
-        out = render(scene, rays, RELEASE)
-    torch.testing.assert_close(out.rgb, image(t["eval/comp_rgb"]), rtol=0, atol=2e-3)
-    torch.testing.assert_close(out.background, image(t["eval/comp_rgb_bg"]), rtol=0, atol=1e-5)
-    torch.testing.assert_close(out.opacity, image(t["eval/opacity"]), rtol=0, atol=2e-3)
-    torch.testing.assert_close(out.depth, image(t["eval/depth"]), rtol=0, atol=5e-3)
+    check_eval(scene, rays, t, image)
 
 
 def test_render_with_gradients(monkeypatch):
     meta, t, scene, rays, image, model = render_fixture()
-    draws = torch.stack([t["train/bias_coarse"], t["train/bias_fine"]])
-    monkeypatch.setattr(torch, "rand", lambda *shape, **_: draws.view(shape))  # stratification as in the fixture
+    stratified(monkeypatch, t)
     with torch.no_grad():
         samples = place_samples(scene, *rays.flat(), RELEASE, torch.Generator())
     torch.testing.assert_close(samples.middles[0], t["train/t_points"], rtol=0, atol=2e-4)
-    out = render(scene, rays, RELEASE, generator=torch.Generator())
-    torch.testing.assert_close(out.rgb, image(t["train/comp_rgb"]), rtol=0, atol=2e-3)
-    torch.testing.assert_close(out.opacity, image(t["train/opacity"]), rtol=0, atol=2e-3)
-    torch.testing.assert_close(out.depth, image(t["train/depth"]), rtol=0, atol=5e-3)
-    loss = (out.rgb * image(t["train/loss_r_rgb"])).sum() + out.opacity.sum()
-    loss.backward()
-    assert loss.item() == pytest.approx(meta["loss"], rel=2e-3)
+    check_train(scene, rays, meta, t, image)
     ours, matched = dict(model.named_parameters()), set()
     for key, norm in meta["grad_norm_per_parameter"].items():
         part, _, rest = key.partition(".")
@@ -147,18 +127,6 @@ def test_render_with_gradients(monkeypatch):
             assert ours[name].grad.norm().item() == pytest.approx(norm, rel=2e-2), key
             matched.add(name)
     assert matched == {name for name in ours if not name.endswith("noise_strength")}
-
-
-def formula(key, count, salt, offset, amplitude):
-    "The weights that the full-size fixture was made with (its json says how)."
-    values, seed = np.empty(count, np.float32), np.uint32((zlib.crc32(key.encode()) + salt) % 2**32)
-    for start in range(0, count, 2**16):  # pieces that stay in the cache
-        v = np.arange(start, min(start + 2**16, count), dtype=np.uint32) * np.uint32(2654435761) + seed
-        for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35), (16, 1)):
-            v ^= v >> np.uint32(shift)
-            v *= np.uint32(factor)
-        values[start : start + 2**16] = np.float32(offset) + np.float32(amplitude) * (v / 2.0**32 * 2 - 1).astype(np.float32)
-    return torch.from_numpy(values)
 
 
 def test_full_size():

@@ -1,13 +1,11 @@
 """Hyper-iNGP against the tensors of the release's own modules (tests/parity), and parameter counts to the unit."""
 
 import json
-import zlib
-from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+
+from released import PARITY, fixture, formula
 
 from scaledreamer.field.background import SolidBackground
 from scaledreamer.field.decoders import layer_shapes, mlp, split_weights
@@ -20,12 +18,7 @@ from scaledreamer.generator.ingp import INGP, INGPSettings
 from scaledreamer.generator.lightning import hyper_key
 from scaledreamer.prior.base import TextEmbedding
 
-PARITY = Path(__file__).parent / "parity"
 BACKENDS = ("torch", "numba")
-
-
-def fixture(name):
-    return json.loads((PARITY / f"{name}.json").read_text()), load_file(PARITY / f"{name}.safetensors")
 
 
 def grid_of(settings):
@@ -143,16 +136,6 @@ def test_background():
     with torch.no_grad():
         color = background_of(background, TextEmbedding(text[:, None], text))(t["dirs"].flatten(1, 2))
     torch.testing.assert_close(color.view_as(t["color"]), t["color"], rtol=0, atol=1e-5)
-
-
-def formula(key, count, salt, offset, amplitude):
-    "The weights that the full-size fixture was made with (its json says how)."
-    v = np.arange(count, dtype=np.uint32) * np.uint32(2654435761) + np.uint32((zlib.crc32(key.encode()) + salt) % 2**32)
-    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35), (16, 1)):
-        v ^= v >> np.uint32(shift)
-        v *= np.uint32(factor)
-    u = (v / 2.0**32 * 2 - 1).astype(np.float32)
-    return torch.from_numpy(np.float32(offset) + np.float32(amplitude) * u)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

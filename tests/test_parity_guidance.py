@@ -1,12 +1,11 @@
 """The rooms prior, distill and text.views against what the paper's released guidance computed (parity/06a, 06b, 06c)."""
 
-import json
-from pathlib import Path
 
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
-from safetensors.torch import load_file
+
+from released import fixture
 
 from scaledreamer.distill.gradient import fantasia3d_weight, prescribed_gradient_loss, sds_weight, uniform_weight
 from scaledreamer.distill.methods import asd, csd, sds
@@ -15,17 +14,12 @@ from scaledreamer.prior.base import Conditioning
 from scaledreamer.prior.schedule import NoiseSchedule, scaled_linear
 from scaledreamer.text.views import perp_neg, perp_neg_coefficients, view_index
 
-PARITY = Path(__file__).parent / "parity"
 WEIGHTS = {"sds": sds_weight, "uniform": uniform_weight, "fantasia3d": fantasia3d_weight}
 
 
-def fixture(name):
-    return load_file(PARITY / f"{name}.safetensors"), json.loads((PARITY / f"{name}.json").read_text())
-
-
-GUIDANCE, SETTINGS = fixture("06a_guidance_sd")
-VIEWS, _ = fixture("06b_perpneg_weights")
-TIMES, SPECS = fixture("06c_schedules")
+SETTINGS, GUIDANCE = fixture("06a_guidance_sd")
+_, VIEWS = fixture("06b_perpneg_weights")
+SPECS, TIMES = fixture("06c_schedules")
 
 
 # 06c: integers are exact ------------------------------------------------------------------------------------------------------

@@ -1,12 +1,11 @@
 """The renderer against tensors of the paper's release (fixtures 05a, 05b, 05c, 08; tests/parity/*.json say how each was made)."""
 
-import json
-from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch.nn import functional as F
+
+from released import check_eval, check_train, fixture, stratified
 
 from scaledreamer.camera.rays import Rays
 from scaledreamer.field.density import volsdf_density
@@ -17,13 +16,7 @@ from scaledreamer.render.placing import place_samples
 from scaledreamer.render.regularisers import depth_variance, eikonal, opaque, orient, sparsity
 from scaledreamer.render.sampling import importance_edges
 from scaledreamer.render.settings import RELEASE, field_gradient
-from scaledreamer.render.volume import render
 
-PARITY = Path(__file__).parent / "parity"
-
-
-def fixture(name):
-    return load_file(PARITY / f"{name}.safetensors"), json.loads((PARITY / f"{name}.json").read_text())
 
 
 # 05a: density, weights and what they sum to
@@ -31,7 +24,7 @@ def fixture(name):
 
 @pytest.mark.parametrize("p", ["p0", "p1", "p2"])
 def test_volsdf_weights_and_sums(p):
-    data, _ = fixture("05a_volsdf")
+    _, data = fixture("05a_volsdf")
     edges, sharpness = data["t_edges"], min(data[f"{p}/inv_std"].item(), 80.0)
     density = volsdf_density(data["sdf"], 1 / sharpness)
     torch.testing.assert_close(density, data[f"{p}/density"], rtol=1e-5, atol=1e-5)  # far out, s (1/2 + expm1 / 2) is rounding of s = 80
@@ -49,7 +42,7 @@ def test_volsdf_weights_and_sums(p):
 
 @pytest.mark.parametrize("kind", ["det", "strat"])
 def test_importance_sampler(kind):
-    data, facts = fixture("05c_importance_sampler")
+    facts, data = fixture("05c_importance_sampler")
     near, far = (torch.full((7,), facts[name]) for name in ("near", "far"))
     bump = lambda t: data["sigma_amp"] * torch.exp(-0.5 * ((t - data["sigma_mu"]) / data["sigma_std"]) ** 2)
     biases = [data[f"strat/bias_{which}"] for which in ("coarse", "fine")] if kind == "strat" else [None, None]
@@ -62,7 +55,7 @@ def test_importance_sampler(kind):
 
 
 def test_losses_and_their_gradients():
-    data, facts = fixture("08_losses")
+    facts, data = fixture("08_losses")
     leaf = {name: data[name].clone().requires_grad_() for name in ("opacity", "normal", "z_variance", "sdf_grad", "weights")}
     losses = {
         "sparsity": sparsity(leaf["opacity"]),
@@ -134,50 +127,33 @@ class ReleasedHyper:
         return ((self.encode("background", (directions + 1) / 2) @ first).relu() @ last).sigmoid()
 
 
-class Biases:
-    "Hands the fixture's stratification draws to `render` in place of random numbers."
-
-    def __init__(self, monkeypatch, draws):
-        monkeypatch.setattr(torch, "rand", lambda *shape, **_: draws.view(shape))
-
-
 def hyper_fixture():
-    data, facts = fixture("05b_render_hyper")
+    facts, data = fixture("05b_render_hyper")
     image = lambda value: value.movedim(-1, 1)[:, None]
     return data, ReleasedHyper(data, facts["settings"]), Rays(data["rays_o"][:, None], data["rays_d"][:, None]), RELEASE, image
 
 
 def test_released_render_deterministic():
     data, scene, rays, settings, image = hyper_fixture()
-    out = render(scene, rays, settings)
-    torch.testing.assert_close(out.rgb, image(data["eval/comp_rgb"]), rtol=0, atol=2e-3)
+    out = check_eval(scene, rays, data, image)
     torch.testing.assert_close(out.rgb - (1 - out.opacity) * out.background, image(data["eval/comp_rgb_fg"]), rtol=0, atol=2e-3)
-    torch.testing.assert_close(out.background, image(data["eval/comp_rgb_bg"]), rtol=0, atol=1e-5)
-    torch.testing.assert_close(out.opacity, image(data["eval/opacity"]), rtol=0, atol=2e-3)
-    torch.testing.assert_close(out.depth, image(data["eval/depth"]), rtol=0, atol=5e-3)
     torch.testing.assert_close(out.z_variance, image(data["eval/z_variance"]), rtol=0, atol=5e-3)
     torch.testing.assert_close(out.normal_image(), image(data["eval/comp_normal"]), rtol=0, atol=5e-3)
 
 
 def test_released_render_stratified_with_gradients(monkeypatch):
     data, scene, rays, settings, image = hyper_fixture()
-    Biases(monkeypatch, torch.stack([data["train/bias_coarse"], data["train/bias_fine"]]))
-    out = render(scene, rays, settings, generator=torch.Generator())
-    torch.testing.assert_close(out.rgb, image(data["train/comp_rgb"]), rtol=0, atol=2e-3)
-    torch.testing.assert_close(out.opacity, image(data["train/opacity"]), rtol=0, atol=2e-3)
-    torch.testing.assert_close(out.depth, image(data["train/depth"]), rtol=0, atol=5e-3)
-    loss = (out.rgb * image(data["train/loss_r_rgb"])).sum() + out.opacity.sum()
-    loss.backward()
-    _, facts = fixture("05b_render_hyper")
-    torch.testing.assert_close(loss.item(), facts["loss"], rtol=2e-3, atol=0)
+    stratified(monkeypatch, data)
+    facts, _ = fixture("05b_render_hyper")
+    check_train(scene, rays, facts, data, image)
     for name, norm in facts["grad_norm_per_parameter"].items():
         torch.testing.assert_close(scene.weights[f"weights/{name}"].grad.norm().item(), norm, rtol=2e-2, atol=0)
 
 
 def test_released_samples_and_their_gradients(monkeypatch):
     data, scene, rays, settings, _ = hyper_fixture()
-    _, facts = fixture("05b_render_hyper")
-    Biases(monkeypatch, torch.stack([data["train/bias_coarse"], data["train/bias_fine"]]))
+    facts, _ = fixture("05b_render_hyper")
+    stratified(monkeypatch, data)
     with torch.no_grad():
         samples = place_samples(scene, *rays.flat(), settings, torch.Generator())
         torch.testing.assert_close(samples.middles[0], data["train/t_points"], rtol=0, atol=2e-4)

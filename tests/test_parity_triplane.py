@@ -1,14 +1,12 @@
 """The Triplane-Transformer against the tensors of the release's own modules (tests/parity), and parameter counts to the unit."""
 
 import json
-import zlib
 from dataclasses import replace
-from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+
+from released import PARITY, check_eval, check_train, fixture, formula, stratified
 
 from scaledreamer.camera.rays import Rays
 from scaledreamer.core.generator_checks import check_generator
@@ -19,16 +17,9 @@ from scaledreamer.generator.releases import triplane_key
 from scaledreamer.field.planes import look_up
 from scaledreamer.generator.triplane import Triplane, TriplaneSettings
 from scaledreamer.prior.base import TextEmbedding
-from scaledreamer.render.settings import RELEASE
-from scaledreamer.render.volume import render
 from scaledreamer.train.settings import GENERATORS
 
-PARITY = Path(__file__).parent / "parity"
 NAMES = ("04_triplane_a_local", "04_triplane_b_global")
-
-
-def fixture(name):
-    return json.loads((PARITY / f"{name}.json").read_text()), load_file(PARITY / f"{name}.safetensors")
 
 
 def settings_of(geometry):
@@ -102,42 +93,18 @@ def render_fixture():
 
 def test_render():
     _, t, model, text, rays, image = render_fixture()
-    with torch.no_grad():
-        out = render(model(text), rays, RELEASE)
-    torch.testing.assert_close(out.rgb, image(t["eval/comp_rgb"]), rtol=0, atol=2e-3)
-    torch.testing.assert_close(out.background, image(t["eval/comp_rgb_bg"]), rtol=0, atol=1e-5)
-    torch.testing.assert_close(out.opacity, image(t["eval/opacity"]), rtol=0, atol=2e-3)
-    torch.testing.assert_close(out.depth, image(t["eval/depth"]), rtol=0, atol=5e-3)
+    check_eval(model(text), rays, t, image)
 
 
 def test_render_with_gradients(monkeypatch):
     meta, t, model, text, rays, image = render_fixture()
-    draws = torch.stack([t["train/bias_coarse"], t["train/bias_fine"]])
-    monkeypatch.setattr(torch, "rand", lambda *shape, **_: draws.view(shape))  # stratification as in the fixture
-    out = render(model(text), rays, RELEASE, generator=torch.Generator())
-    torch.testing.assert_close(out.rgb, image(t["train/comp_rgb"]), rtol=0, atol=2e-3)
-    torch.testing.assert_close(out.opacity, image(t["train/opacity"]), rtol=0, atol=2e-3)
-    torch.testing.assert_close(out.depth, image(t["train/depth"]), rtol=0, atol=5e-3)
-    loss = (out.rgb * image(t["train/loss_r_rgb"])).sum() + out.opacity.sum()
-    loss.backward()
-    assert loss.item() == pytest.approx(meta["loss"], rel=2e-3)
+    stratified(monkeypatch, t)
+    check_train(model(text), rays, meta, t, image)
     ours = dict(model.named_parameters())
     for key, norm in meta["grad_norm_per_parameter"].items():
         if norm is not None:  # the encoding of directions has no parameter
             name = triplane_key(key.removeprefix("geometry.")).replace("background.network.", "background.")
             assert ours[name].grad.norm().item() == pytest.approx(norm, rel=2e-2), key
-
-
-def formula(key, count, salt, offset, amplitude):
-    "The values of the full-size fixtures: a hash of the position, integers modulo 2^32, then float32."
-    v = np.arange(count, dtype=np.uint32) * np.uint32(2654435761) + np.uint32((zlib.crc32(key.encode()) + salt) % 2**32)
-    v ^= v >> np.uint32(16)
-    v *= np.uint32(0x85EBCA6B)
-    v ^= v >> np.uint32(13)
-    v *= np.uint32(0xC2B2AE35)
-    v ^= v >> np.uint32(16)
-    u = (v / 2.0**32 * 2 - 1).astype(np.float32)
-    return torch.from_numpy(np.float32(offset) + np.float32(amplitude) * u)
 
 
 def test_full_size():
