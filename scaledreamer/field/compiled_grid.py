@@ -6,12 +6,10 @@
 __all__ = ['compiled', 'settings_of', 'keep_inputs', 'backward_by', 'pulled_shapes', 'encode_compiled']
 
 # %% ../../nbs/07_field/03_compiled_grid.ipynb #bd3e9b78
-import os
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import astuple
 from functools import cache
-from types import FunctionType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,44 +17,20 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ..core.machine_code import machine_code, on_all_cores, pieces
 from ..core.settings import UsageError
 from .levels import HashGridSettings, grid_levels, strides
-from .walk import add_level, block_corners, read_level, slope_level
+from .walk import add_level, block_corners, read_level, rooms, slope_level
 
 # %% ../../nbs/07_field/03_compiled_grid.ipynb #a8c296b7
 @cache
 def compiled() -> SimpleNamespace:
-    "The three walks as machine code; numba keeps it on disk, so only the first process on a machine waits for it."
-    import numba
-
-    def jit(function: Callable, **helpers: Callable) -> Callable:
-        linked = FunctionType(function.__code__, function.__globals__ | helpers, function.__name__)
-        try:
-            return numba.njit(nogil=True, cache=True, error_model="numpy")(linked)
-        except RuntimeError:  # nowhere to keep it
-            return numba.njit(nogil=True, error_model="numpy")(linked)
-
-    helper = jit(block_corners)
-    return SimpleNamespace(**{f.__name__.split("_")[0]: jit(f, block_corners=helper) for f in (read_level, add_level, slope_level)})
+    "The three walks as machine code."
+    room = machine_code(rooms, exact=True)
+    helpers = {"rooms": room, "block_corners": machine_code(block_corners, exact=True)}
+    return SimpleNamespace(**{f.__name__.split("_")[0]: machine_code(f, exact=True, **helpers) for f in (read_level, add_level, slope_level)})
 
 # %% ../../nbs/07_field/03_compiled_grid.ipynb #b7dfc25d
-@cache
-def _pool(process: int, threads: int) -> ThreadPoolExecutor:
-    "One pool a process: threads do not survive a fork."
-    return ThreadPoolExecutor(threads, thread_name_prefix="hash-grid")
-
-
-def _run(tasks: list[Callable[[], None]], points: int) -> None:
-    "Runs the tasks on as many threads as torch may use; few or small ones are not worth a thread."
-    threads = min(torch.get_num_threads(), len(tasks)) if points >= 4096 else 1
-    if threads < 2:
-        for task in tasks:
-            task()
-    else:
-        for future in [_pool(os.getpid(), torch.get_num_threads()).submit(task) for task in tasks]:
-            future.result()
-
-
 def _level_arguments(settings: HashGridSettings) -> list[tuple]:
     "What each level's walk is told: slice of the flat table, first column, and the constants."
     f, out = settings.features, []
@@ -65,12 +39,6 @@ def _level_arguments(settings: HashGridSettings) -> list[tuple]:
         step = tuple(map(np.uint64, strides(level, settings.dims)))
         out.append((where, i * f, (level.scale, step, level.size, level.hashed, (0,) * f)))
     return out
-
-
-def _chunks(points: int) -> list[slice]:
-    "Points in a few large pieces for each thread."
-    size = max(4096, -(-points // (2 * torch.get_num_threads())))
-    return [slice(start, start + size) for start in range(0, points, size)]
 
 # %% ../../nbs/07_field/03_compiled_grid.ipynb #65978137
 @torch.library.custom_op("scaledreamer::read_grid", mutates_args=())
@@ -84,7 +52,7 @@ def _read(points: Tensor, table: Tensor, settings: list[float]) -> Tensor:
         for where, column, constants in _level_arguments(grid):
             compiled().read(x[piece], entries[where], rows[piece], column, *constants)
 
-    _run([lambda piece=piece: read(piece) for piece in _chunks(len(x))], len(x))
+    on_all_cores([lambda piece=piece: read(piece) for piece in pieces(len(x))])
     return out
 
 
@@ -105,8 +73,8 @@ def _pull(points: Tensor, table: Tensor, upstream: Tensor, settings: list[float]
             compiled().slope(x[piece], entries[where], rows[piece], column, slopes.numpy()[piece], *constants)
 
     tasks = [lambda a=a: add(*a) for a in reversed(_level_arguments(grid))] if to_table else []
-    tasks += [lambda piece=piece: slope(piece) for piece in _chunks(len(x))] if to_points else []
-    _run(tasks, len(x))
+    tasks += [lambda piece=piece: slope(piece) for piece in pieces(len(x))] if to_points else []
+    on_all_cores(tasks)
     return slopes, grad
 
 # %% ../../nbs/07_field/03_compiled_grid.ipynb #53e0e6c8

@@ -7,16 +7,14 @@ __all__ = ['read_cell', 'laplace_density', 'place_drawn', 'walk_rays', 'compiled
 
 # %% ../../nbs/08_render/02_walk.ipynb #01980980
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from functools import cache
-from inspect import unwrap
-from types import FunctionType
 
 import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ..core.machine_code import machine_code, on_all_cores
 from .guiding import FieldCache
 
 # %% ../../nbs/08_render/02_walk.ipynb #2a382850
@@ -76,28 +74,19 @@ def walk_rays(values, half_side, origins, directions, near, far, scales, unseen,
         expected[r] = one - np.exp(-thickness)
         if expected[r] <= unseen:
             continue
-        for k in range(bins):
-            part = (np.float32(k % upsample) + np.float32(0.5)) / np.float32(upsample)
-            d = found[k // upsample] + part * (found[k // upsample + 1] - found[k // upsample])
-            depth += step / np.float32(upsample) * laplace_density(d, scales[1])
-            hidden[k + 1] = one - np.exp(-depth)
+        fine = step / np.float32(upsample)
+        for k in range(looks - 1):
+            for u in range(upsample):
+                part = (np.float32(u) + np.float32(0.5)) / np.float32(upsample)
+                depth += fine * laplace_density(found[k] + part * (found[k + 1] - found[k]), scales[1])
+                hidden[k * upsample + u + 1] = one - np.exp(-depth)
         place_drawn(hidden, count, near[r], far[r], bias[r], drawn, edges[r])
 
 # %% ../../nbs/08_render/02_walk.ipynb #8585325c
 @cache
 def compiled_walk() -> Callable:
-    "`walk_rays` as machine code; numba keeps it on disk, so only the first process on a machine waits for it."
-    import numba
-
-    def jit(function: Callable, **helpers: Callable) -> Callable:
-        plain = unwrap(function)  # without what a runtime type checker put around it
-        linked = FunctionType(plain.__code__, plain.__globals__ | helpers, plain.__name__)
-        try:
-            return numba.njit(nogil=True, cache=True, error_model="numpy", fastmath={"contract"})(linked)
-        except RuntimeError:  # nowhere to keep it
-            return numba.njit(nogil=True, error_model="numpy", fastmath={"contract"})(linked)
-
-    return jit(walk_rays, **{f.__name__: jit(f) for f in (read_cell, laplace_density, place_drawn)})
+    "`walk_rays` as machine code."
+    return machine_code(walk_rays, False, **{f.__name__: machine_code(f, False) for f in (read_cell, laplace_density, place_drawn)})
 
 # %% ../../nbs/08_render/02_walk.ipynb #e45f2f81
 def guided_edges_compiled(
@@ -127,6 +116,5 @@ def guided_edges_compiled(
 
     size = max(256, -(-prompts * rays // (4 * torch.get_num_threads())))
     tasks = [(p, slice(start, start + size)) for p in range(prompts) for start in range(0, rays, size)]
-    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-        list(pool.map(walk, tasks))
+    on_all_cores([lambda task=task: walk(task) for task in tasks])
     return torch.from_numpy(edges), torch.from_numpy(expected)
