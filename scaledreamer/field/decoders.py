@@ -16,7 +16,6 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from ..core.machine_code import machine_code, on_all_cores
 from ..core.settings import UsageError
@@ -67,32 +66,41 @@ def _tasks(x: Tensor) -> list[tuple[int, slice]]:
     return [(i, slice(start, start + CHUNK)) for i in range(len(x)) for start in range(0, x.shape[1], CHUNK)]
 
 # %% ../../nbs/07_field/09_decoders.ipynb #412ad826
-class _WalkedMLP(torch.autograd.Function):
-    "`mlp_plain` for 32 bits on a CPU. Differentiable once."
+@torch.library.custom_op("scaledreamer::push_mlp", mutates_args=())
+def _push(x: Tensor, weights: list[Tensor]) -> Tensor:
+    "The outputs, 32 bits, on the CPU."
+    y, rows, there = x.new_empty(*x.shape[:2], weights[-1].shape[-1]), x.contiguous().numpy(), [_fours(w) for w in weights]
+    on_all_cores([lambda t=t: _walk().push(rows[t], tuple(w[t[0]] for w in there), y.numpy()[t]) for t in _tasks(x)])
+    return y
 
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, *weights: Tensor) -> Tensor:
-        ctx.save_for_backward(x, *weights)
-        y, rows, there = x.new_empty(*x.shape[:2], weights[-1].shape[-1]), x.contiguous().numpy(), [_fours(w) for w in weights]
-        on_all_cores([lambda t=t: _walk().push(rows[t], tuple(w[t[0]] for w in there), y.numpy()[t]) for t in _tasks(x)])
-        return y
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, ...]:
-        x, *weights = ctx.saved_tensors
-        to_x, rows, above = torch.empty_like(x, memory_format=torch.contiguous_format), x.contiguous().numpy(), upstream.contiguous().numpy()
-        there, back, tasks = [_fours(w) for w in weights], [_fours(w.mT) for w in weights], _tasks(x)
-        found = [tuple(np.zeros_like(w[0]) for w in there) for _ in tasks]
+@torch.library.custom_op("scaledreamer::pull_mlp", mutates_args=())
+def _pull(x: Tensor, weights: list[Tensor], upstream: Tensor) -> list[Tensor]:
+    "The gradients at the points and of each layer."
+    to_x, rows, above = torch.empty_like(x, memory_format=torch.contiguous_format), x.contiguous().numpy(), upstream.contiguous().numpy()
+    there, back, tasks = [_fours(w) for w in weights], [_fours(w.mT) for w in weights], _tasks(x)
+    found = [tuple(np.zeros_like(w[0]) for w in there) for _ in tasks]
 
-        def pull(t: tuple[int, slice], gradients: tuple[np.ndarray, ...]) -> None:
-            _walk().pull(rows[t], above[t], tuple(w[t[0]] for w in there), tuple(w[t[0]] for w in back), to_x.numpy()[t], gradients)
+    def pull(t: tuple[int, slice], gradients: tuple[np.ndarray, ...]) -> None:
+        _walk().pull(rows[t], above[t], tuple(w[t[0]] for w in there), tuple(w[t[0]] for w in back), to_x.numpy()[t], gradients)
 
-        on_all_cores([lambda t=t, gradients=gradients: pull(t, gradients) for t, gradients in zip(tasks, found)])
-        sums = [np.zeros_like(w) for w in there]
-        for (i, _), gradients in zip(tasks, found):  # in one order
-            for total, part in zip(sums, gradients): total[i] += part
-        return to_x, *(torch.from_numpy(total)[:, : w.shape[1], : w.shape[2]] for total, w in zip(sums, weights))
+    on_all_cores([lambda t=t, gradients=gradients: pull(t, gradients) for t, gradients in zip(tasks, found)])
+    sums = [np.zeros_like(w) for w in there]
+    for (i, _), gradients in zip(tasks, found):  # in one order
+        for total, part in zip(sums, gradients): total[i] += part
+    return [to_x, *(torch.from_numpy(total[:, : w.shape[1], : w.shape[2]].copy()) for total, w in zip(sums, weights))]
+
+
+def _backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, list[Tensor]]:
+    if torch.is_grad_enabled(): raise UsageError("decoders on a CPU have no second derivative (create_graph=True); use 64 bits, or finite differences")
+    x, *weights = ctx.saved_tensors
+    to_x, *to_weights = _pull(x, weights, upstream)
+    return to_x, to_weights
+
+
+_push.register_fake(lambda x, weights: x.new_empty(*x.shape[:2], weights[-1].shape[-1]))
+_pull.register_fake(lambda x, weights, upstream: [torch.empty_like(t, memory_format=torch.contiguous_format) for t in (x, *weights)])
+_push.register_autograd(_backward, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(inputs[0], *inputs[1]))
 
 # %% ../../nbs/07_field/09_decoders.ipynb #5f68b843
 def check_prompts(points: Float[Tensor, "b ..."], scene: Float[Tensor, "p ..."]) -> None:
@@ -106,7 +114,7 @@ def mlp(x: Float[Tensor, "b n f"], weights: Sequence[Float[Tensor, "_ _ _"]]) ->
     check_prompts(x, weights[0])
     lowered = torch.is_autocast_enabled(x.device.type)
     x = x if lowered else x.to(weights[0].dtype)
-    return _WalkedMLP.apply(x, *weights) if x.is_cpu and not lowered and x.dtype == torch.float32 else mlp_plain(x, weights)
+    return _push(x, list(weights)) if x.is_cpu and not lowered and x.dtype == torch.float32 else mlp_plain(x, weights)
 
 # %% ../../nbs/07_field/09_decoders.ipynb #c3f0b83a
 class MLPDecoder(nn.Module):
