@@ -20,7 +20,7 @@ from scaledreamer.core.settings import RunError
 from scaledreamer.field.levels import HashGridSettings
 from scaledreamer.train.settings import GENERATORS
 
-NAMES = ["hashgrid", "render", "decoder", "step", "mesh", "prior", "prior-sd21", "batch-scaling", "corpus-scaling", "roofline"]
+NAMES = ["hashgrid", "render", "decoder", "step", "mesh", "prior", "prior-sd21", "prior-mvdream", "step-sd21", "batch-scaling", "corpus-scaling", "roofline"]
 
 
 class Clock:

@@ -12,7 +12,8 @@ from scaledreamer.commands.cli import main, parse
 from scaledreamer.core.settings import UsageError
 from scaledreamer.distill.estimator import LoRAEstimator
 from scaledreamer.prior.base import distinct_rows, predict_together
-from scaledreamer.prior.memory import LiveBytes, sd21_unet, sd21_vae
+from scaledreamer.prior.architectures import sd21_unet, sd21_vae
+from scaledreamer.prior.memory import LiveBytes
 from scaledreamer.prior.pipelines import random_pipeline
 from scaledreamer.prior.running import PriorSettings, run_as, share_text
 from scaledreamer.prior.stable_diffusion import StableDiffusionPrior, image_latents

@@ -16,12 +16,13 @@ import tyro
 
 from ..bench.fields import decoder, hashgrid
 from ..bench.generators import batch_scaling
+from ..bench.large_priors import bench_mvdream, bench_sd21
 from ..bench.meshes import bench_mesh
 from ..bench.pairs import result
-from ..bench.priors import bench_prior, bench_sd21
+from ..bench.priors import bench_prior
 from ..bench.renders import bench_render
 from ..bench.roofline import bench_roofline
-from ..bench.steps import bench_step, corpus_scaling
+from ..bench.steps import bench_step, bench_step_sd21, corpus_scaling
 from ..core.settings import UsageError, write_json_atomic
 from ..core.tensors import best_device
 
@@ -43,8 +44,8 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
 
 # %% ../../nbs/15_commands/02_benches.ipynb #03bd3a5a
 BENCHES: dict[str, Callable[[str, bool], list[dict[str, Any]]]] = {
-    "hashgrid": hashgrid, "render": bench_render, "decoder": decoder, "step": bench_step, "mesh": bench_mesh, "prior": bench_prior, "prior-sd21": bench_sd21,
-    "batch-scaling": batch_scaling, "corpus-scaling": corpus_scaling, "roofline": bench_roofline}
+    "hashgrid": hashgrid, "render": bench_render, "decoder": decoder, "step": bench_step, "mesh": bench_mesh, "prior": bench_prior, "prior-sd21": bench_sd21, "prior-mvdream": bench_mvdream,
+    "step-sd21": bench_step_sd21, "batch-scaling": batch_scaling, "corpus-scaling": corpus_scaling, "roofline": bench_roofline}
 
 
 def check_writable(path: Path) -> None:

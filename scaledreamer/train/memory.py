@@ -14,8 +14,9 @@ import torch
 from ..camera.poses import sample_cameras
 from ..camera.rays import camera_rays
 from ..core.tensors import generator
+from ..prior.architectures import sd21_text, sd21_unet, sd21_vae, weights
 from ..prior.base import TextEmbedding
-from ..prior.memory import LiveBytes, encoding_bytes, evaluation_bytes, sd21_text, sd21_unet, sd21_vae, shapes_only, weights
+from ..prior.memory import LiveBytes, encoding_bytes, evaluation_bytes, shapes_only
 from ..prior.running import PriorSettings
 from ..render.volume import render
 from .settings import TrainSettings, make_generator, paper
