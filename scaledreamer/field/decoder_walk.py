@@ -69,10 +69,10 @@ def turn_back(columns, start, rows):
 
 @no_type_check
 def rectify(values):
-    "ReLU, in place."
+    "ReLU, in place; what is not a number stays so."
     for i in range(len(values)):
         row = values[i]
-        for p in range(len(row)): row[p] = max(row[p], np.float32(0))
+        for p in range(len(row)): row[p] = np.float32(0) if row[p] <= np.float32(0) else row[p]
 
 
 @no_type_check
@@ -80,7 +80,7 @@ def rectify_back(values, gradient):
     "0 where `values` are, in place."
     for i in range(len(values)):
         row, out = values[i], gradient[i]
-        for p in range(len(row)): out[p] = out[p] if row[p] > np.float32(0) else np.float32(0)
+        for p in range(len(row)): out[p] = np.float32(0) if row[p] <= np.float32(0) else out[p]
 
 # %% ../../nbs/07_field/08_decoder_walk.ipynb #b0715017
 @no_type_check

@@ -1,0 +1,119 @@
+"""The decoders that a CPU walks equal plain products in 64 bits: any shapes and layouts, on any number of threads, again and again."""
+
+import multiprocessing
+import threading
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from scaledreamer.core.tensors import generator
+from scaledreamer.field.decoders import CHUNK, mlp, mlp_plain
+
+
+def network(prompts, points, widths, seed=0):
+    "Points, weights of each layer, and a gradient of the outputs."
+    rng = generator(seed)
+    x = torch.randn(prompts, points, widths[0], generator=rng)
+    weights = [torch.randn(prompts, i, o, generator=rng) / i**0.5 for i, o in zip(widths, widths[1:])]
+    return x, weights, torch.randn(prompts, points, widths[-1], generator=rng)
+
+
+def pulled(f, x, weights, upstream):
+    "Outputs and all gradients."
+    leaves = [t.detach().clone().requires_grad_() for t in (x, *weights)]
+    y = f(leaves[0], leaves[1:])
+    return [y.detach(), *torch.autograd.grad(y, leaves, upstream)]
+
+
+def far(got, want):
+    "The largest error in parts of the largest number."
+    return max((float((g - w).abs().max() / w.abs().max().clamp_min(1e-30)) for g, w in zip(got, want, strict=True) if w.numel()), default=0.0)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, 3), st.sampled_from([0, 1, 2, 255, 256, 257, 700]), st.lists(st.integers(1, 70), min_size=2, max_size=4), st.integers(0, 2**31))
+def test_the_walk_is_the_oracle(prompts, points, widths, seed):
+    x, weights, upstream = network(prompts, points, widths, seed)
+    exact = pulled(mlp_plain, x.double(), [w.double() for w in weights], upstream.double())
+    found, plain = pulled(mlp, x, weights, upstream), pulled(mlp_plain, x, weights, upstream)
+    assert far(found[:1], exact[:1]) < 1e-5
+    assert far(found, exact) < max(1e-4, 3 * far(plain, exact))  # a hidden number that is 0 but for rounding turns its gradient on or off, in both
+
+
+def test_more_than_one_task():
+    x, weights, upstream = network(2, CHUNK + 300, (16, 64, 3))
+    assert far(pulled(mlp, x, weights, upstream), pulled(mlp_plain, x.double(), [w.double() for w in weights], upstream.double())) < 1e-4
+
+
+def test_layouts():
+    x, weights, upstream = network(2, 300, (16, 64, 3))
+    want = pulled(mlp, x, weights, upstream)
+    turned = [w.mT.contiguous().mT for w in weights]
+    for points, matrices, above in ((x.mT.contiguous().mT, weights, upstream), (x, turned, upstream), (x, weights, upstream.mT.contiguous().mT)):
+        leaves = [t.detach().requires_grad_() for t in (points, *matrices)]
+        y = mlp(leaves[0], leaves[1:])
+        assert all(torch.equal(a, b) for a, b in zip([y, *torch.autograd.grad(y, leaves, above)], want))
+    shared = weights[0][:1].expand(2, -1, -1), weights[1][:1].expand(2, -1, -1)
+    assert torch.equal(mlp(x, shared)[1], mlp(x[1:], [w[:1] for w in weights])[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_other_precisions(dtype):
+    x, weights, upstream = network(2, 40, (16, 64, 3))
+    assert far([mlp(x.to(dtype), weights)], [mlp(x, weights)]) < (0.02 if dtype != torch.float64 else 1e-6)  # the weights' precision decides
+    lowered = [w.to(dtype) for w in weights]
+    assert mlp(x, lowered).dtype == dtype and far([mlp(x, lowered).float()], [mlp(x, weights)]) < 0.05
+    with torch.autocast("cpu", torch.bfloat16): assert mlp(x, weights).dtype == torch.bfloat16
+
+
+def test_what_is_not_a_number_stays_so():
+    x, weights, upstream = network(1, 300, (16, 64, 3))
+    x[0, 7, 3] = torch.nan
+    found = pulled(mlp, x, weights, upstream)
+    assert found[0].isnan().any(-1).nonzero().tolist() == [[0, 7]] and found[1][0, 8].isfinite().all() and not found[2].isfinite().all()
+
+
+@pytest.fixture
+def threads():
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+def test_a_hundred_times_the_same_bits_on_any_number_of_threads(threads):
+    given = network(3, CHUNK // 2 + 17, (16, 64, 1))
+    want = pulled(mlp, *given)
+    for i in range(100):
+        threads((1, 2, 3, 8)[i % 4])
+        assert all(torch.equal(a, b) for a, b in zip(pulled(mlp, *given), want)), i
+
+
+def test_two_python_threads_at_once(threads):
+    threads(2)
+    given = network(2, CHUNK + 1, (16, 64, 3))
+    want, got = pulled(mlp, *given), {}
+    workers = [threading.Thread(target=lambda i=i: got.update({i: pulled(mlp, *given)})) for i in range(4)]
+    for worker in workers: worker.start()
+    for worker in workers: worker.join()
+    assert len(got) == 4 and all(torch.equal(a, b) for run in got.values() for a, b in zip(run, want))
+
+
+def _child(x, weights, connection): connection.send(mlp(x, weights)[0, -1].tolist())
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_forked_process_has_its_own_threads(threads):
+    threads(2)
+    x, weights, _ = network(2, CHUNK + 1, (16, 64, 3))
+    want = mlp(x, weights)[0, -1].tolist()
+    here, there = multiprocessing.Pipe()
+    child = multiprocessing.get_context("fork").Process(target=_child, args=(x, weights, there), daemon=True)
+    child.start()
+    try:
+        assert here.poll(60), "the child hangs"
+        assert here.recv() == want
+    finally:
+        child.kill()
+        child.join()
