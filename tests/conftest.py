@@ -8,6 +8,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("MPLBACKEND", "Agg")
 
 import pytest
+import torch
 from hypothesis import settings
 from jaxtyping import _import_hook, config, install_import_hook
 
@@ -34,3 +35,11 @@ def traceable():
     config.update("jaxtyping_disable", True)
     yield
     config.update("jaxtyping_disable", False)
+
+
+@pytest.fixture
+def threads():
+    "Sets how many threads torch may use, until the test ends."
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)

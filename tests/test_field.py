@@ -1,7 +1,6 @@
 """Scenes, the compiled hash grid against its oracle in every shape and corner, density and backgrounds."""
 
 import copy
-import multiprocessing
 import pickle
 import threading
 from types import SimpleNamespace
@@ -21,6 +20,7 @@ from scaledreamer.field.encodings import HashGrid, HashGridSettings, spherical_h
 from scaledreamer.field.levels import encode_torch, grid_levels, vertex_index
 from scaledreamer.field.scene import FogScene, SphereScene
 from scaledreamer.field.compiled_grid import encode_compiled
+from worlds import asked_in_a_fork
 
 SMALL = HashGridSettings(levels=5, log2_size=7, base=3, scale=1.7)
 
@@ -139,13 +139,6 @@ def test_an_expanded_gradient():
     torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
 
 
-@pytest.fixture
-def threads():
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
-
-
 def gradients(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
     "Of the walk, by points and table; enough points for several threads."
     points, table = x.clone().requires_grad_(), table_of(SMALL).requires_grad_()
@@ -172,25 +165,14 @@ def test_two_python_threads_at_once(threads):
     assert len(got) == 4 and all(torch.equal(a, b) for run in got.values() for a, b in zip(run, want))
 
 
-def _child(x, table, connection):
-    connection.send(encode_compiled(x, table, SMALL)[-1].tolist())
-
-
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 def test_a_forked_process_has_its_own_threads(threads):
-    "Threads do not survive a fork: with the parent's pool the child would wait for ever. Large torch calls may do so, hence none in the child."
+    "Threads do not survive a fork: with the parent's pool the child would wait for ever."
     threads(2)
     x, table = torch.rand(9000, 3, generator=generator(0)), table_of(SMALL)
-    want = encode_compiled(x, table, SMALL)[-1].tolist()
-    here, there = multiprocessing.Pipe()
-    child = multiprocessing.get_context("fork").Process(target=_child, args=(x, table, there), daemon=True)
-    child.start()
-    try:
-        assert here.poll(60), "the child hangs"
-        assert here.recv() == want
-    finally:
-        child.kill()
-        child.join()
+    last = lambda: encode_compiled(x, table, SMALL)[-1].tolist()
+    want = last()
+    assert asked_in_a_fork(last) == want
 
 
 def test_without_a_place_for_machine_code(monkeypatch):

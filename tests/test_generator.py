@@ -12,9 +12,7 @@ from hypothesis import strategies as st
 from scaledreamer.core.generator_checks import check_generator
 from scaledreamer.core.scene_checks import check_scene
 from scaledreamer.core.settings import UsageError, from_json, to_json
-from scaledreamer.field import decoders
 from scaledreamer.field.background import SolidBackground
-from scaledreamer.field.decoders import mlp, mlp_plain
 from scaledreamer.field.levels import HashGridSettings
 from scaledreamer.field.scene import DensityScene, Scene
 from scaledreamer.generator.base import Generator, text_vector
@@ -250,24 +248,3 @@ def test_spectral_norm_bounds_the_matrices():
     assert torch.linalg.matrix_norm(network.layers[0].weight, 2) < 1.01
 
 
-@runs(max_examples=25, deadline=None)
-@given(
-    b=st.integers(1, 3),
-    n=st.integers(0, 40),
-    widths=st.lists(st.integers(1, 9), min_size=2, max_size=5),
-    chunk=st.sampled_from([1, 7, 16, 100]),
-)
-def test_pieces_equal_the_whole(b, n, widths, chunk):
-    "Values and gradients of the CPU's way are those of the definition, whatever the pieces."
-    shapes = list(zip(widths, widths[1:]))
-    leaves = [t.double().requires_grad_() for t in (torch.randn(b, n, widths[0]), *(torch.randn(b, *s) for s in shapes))]
-    weight = torch.randn(b, n, widths[-1]).double()
-    original, decoders.CHUNK = decoders.CHUNK, chunk
-    try:
-        results = [f(leaves[0], leaves[1:]) for f in (mlp, mlp_plain)]
-        grads = [torch.autograd.grad((r * weight).sum(), leaves) for r in results]
-    finally:
-        decoders.CHUNK = original
-    torch.testing.assert_close(results[0], results[1])
-    for ours, plain in zip(*grads):
-        torch.testing.assert_close(ours, plain)

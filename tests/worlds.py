@@ -1,5 +1,6 @@
-"What several test files draw and ask of: seeded numbers, a mixture whose noise is known, its texts, three items of it."
+"What several test files draw and ask of: seeded numbers, a mixture whose noise is known, its texts, three items of it; and an answer from a forked process."
 
+import multiprocessing
 from dataclasses import fields
 
 import torch
@@ -49,3 +50,19 @@ def rows(text, index):
     "The texts of some items, in any order."
     parts = (getattr(text, field.name) for field in fields(text))
     return Conditioning(*(None if part is None else part[index] for part in parts))
+
+
+def _answer(question, given, connection): connection.send(question(*given))
+
+
+def asked_in_a_fork(question, *given):
+    "What a forked process answers, which may not take longer than a minute. Large torch calls may hang there, so the question should be small."
+    here, there = multiprocessing.Pipe()
+    child = multiprocessing.get_context("fork").Process(target=_answer, args=(question, given, there), daemon=True)
+    child.start()
+    try:
+        assert here.poll(60), "the child hangs"
+        return here.recv()
+    finally:
+        child.kill()
+        child.join()

@@ -1,6 +1,7 @@
 """The default training step of this checkout against that of another commit: `python tools/against.py COMMIT [--json FILE]`.
 
-Both run in processes of their own, in turns, with what the command line settles before it loads torch; each says the median of its steps."""
+Both run in processes of their own, in turns, with what the command line settles before it loads torch; each says the median of its steps. The
+result has the form of `scaledreamer bench`: ratio of the medians, and the quartiles round by round."""
 
 import argparse
 import json
@@ -10,6 +11,8 @@ import sys
 import tempfile
 from pathlib import Path
 from statistics import median
+
+from scaledreamer.bench.pairs import spread
 
 ROOT = Path(__file__).resolve().parent.parent
 STEPS = """
@@ -30,8 +33,8 @@ print(json.dumps({"times": times[5:], "environment": environment("cpu")}))
 
 
 def timed(checkout: Path, steps: int) -> dict:
-    done = subprocess.run([sys.executable, "-c", STEPS, str(steps)], cwd=checkout, env=os.environ | {"PYTHONPATH": str(checkout)}, capture_output=True, text=True)
-    if done.returncode: sys.exit(f"{checkout}: {done.stderr.strip().splitlines()[-1]}")
+    done = subprocess.run([sys.executable, "-c", STEPS, str(steps)], cwd=checkout, env=os.environ | {"PYTHONPATH": os.pathsep.join([str(checkout), *filter(None, [os.environ.get("PYTHONPATH")])])}, capture_output=True, text=True)
+    if done.returncode: sys.exit(f"{checkout}: {([f'exit code {done.returncode}'] + done.stderr.strip().splitlines())[-1]}")
     return json.loads(done.stdout.splitlines()[-1])
 
 
@@ -45,14 +48,19 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         then = Path(folder) / "then"
         subprocess.run(["git", "worktree", "add", "--detach", "--quiet", then, given.commit], cwd=ROOT, check=True)
-        try: rounds = [(timed(ROOT, given.steps), timed(then, given.steps)) for _ in range(given.rounds)]
+        try:
+            rounds = []
+            for turn in range(given.rounds):
+                order = (ROOT, then) if turn % 2 == 0 else (then, ROOT)  # a drift falls on both
+                found = {checkout: timed(checkout, given.steps) for checkout in order}
+                rounds.append((found[ROOT], found[then]))
         finally: subprocess.run(["git", "worktree", "remove", "--force", then], cwd=ROOT, check=True)
-    each = [(median(now["times"]), median(then["times"])) for now, then in rounds]
-    ratios = sorted(then / now for now, then in each)
-    commit = subprocess.run(["git", "rev-parse", given.commit], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
-    row = {"name": "step against itself", "ratio": median(ratios), "ratio_each_round": {"median": median(ratios), "low": ratios[0], "high": ratios[-1]},
-           "ours": {"median": median(now for now, _ in each)}, "anchor": {"median": median(then for _, then in each)}, "rounds": len(each), "steps": given.steps, "anchor_is": f"the same at {commit[:7]}"}
-    print(f"step: now {1e3 * row['ours']['median']:.0f} ms, at {commit[:7]} {1e3 * row['anchor']['median']:.0f} ms: {row['ratio']:.2f} times as fast [{ratios[0]:.2f} to {ratios[-1]:.2f}]")
+    ours, anchor = ([median(side["times"]) for side in sides] for sides in zip(*rounds))
+    commit = subprocess.run(["git", "rev-parse", "--short=7", given.commit], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+    row = {"name": "step against itself", "ratio": median(anchor) / median(ours), "ratio_each_round": spread([a / o for o, a in zip(ours, anchor)]),
+           "ours": spread(ours), "anchor": spread(anchor), "rounds": len(rounds), "steps": given.steps, "anchor_is": f"the same at {commit}"}
+    each = row["ratio_each_round"]
+    print(f"step: now {1e3 * row['ours']['median']:.0f} ms, at {commit} {1e3 * row['anchor']['median']:.0f} ms: ratio {row['ratio']:.2f} [{each['low']:.2f} to {each['high']:.2f}]")
     if given.json: given.json.write_text(json.dumps({"bench": "against", "quick": False, "environment": rounds[0][0]["environment"], "rows": [row]}, indent=2) + "\n")
 
 

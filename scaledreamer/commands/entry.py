@@ -15,11 +15,11 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # names of malloc.h
 
 
 def settle() -> None:
-    "Threads that have nothing to do rest soon, and freed memory is kept for the next step. Does nothing where the libraries are others."
-    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+    "Threads that have nothing to do rest soon, and freed memory (of blocks below 32 MB) is kept for the next step. Does nothing where the libraries are others, or the user has decided."
+    if "OMP_WAIT_POLICY" not in os.environ: os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     try: mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError, TypeError): return  # not GNU's
-    if "MALLOC_TRIM_THRESHOLD_" not in os.environ:
+    if not {"MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNABLES"} & os.environ.keys():
         mallopt(M_MMAP_THRESHOLD, 1 << 25)  # the largest that it takes
         mallopt(M_TRIM_THRESHOLD, (1 << 31) - 1)
 

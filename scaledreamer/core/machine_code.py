@@ -20,9 +20,10 @@ def machine_code(function: Callable, exact: bool, **helpers: Callable) -> Callab
     "The function, compiled when first called, and kept on disk for the next process where there is a place to keep it."
     import numba
 
-    plain = unwrap(function)
+    plain, freedoms = unwrap(function), () if exact else ("contract", "nsz", "reassoc")
     linked = FunctionType(plain.__code__, plain.__globals__ | helpers, plain.__name__)
-    options = {"nogil": True, "error_model": "numpy", "fastmath": False if exact else {"contract", "reassoc", "nsz"}}
+    linked.__qualname__ = "_".join((plain.__qualname__, *freedoms))  # numba keeps code by name, not by options
+    options = {"nogil": True, "error_model": "numpy", "fastmath": set(freedoms)}
     try:
         return numba.njit(cache=True, **options)(linked)
     except RuntimeError:  # nowhere to keep it

@@ -8,7 +8,6 @@ __all__ = ['VIEWS', 'sd21_unet', 'sd21_vae', 'sd21_text', 'weights', 'JoinedView
 # %% ../../nbs/02_prior/11_architectures.ipynb #5ce7d505
 from typing import Any
 
-import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from torch import Tensor, nn

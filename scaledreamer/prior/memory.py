@@ -9,7 +9,6 @@ __all__ = ['LiveBytes', 'shapes_only', 'evaluation_bytes', 'encoding_bytes', 'op
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
