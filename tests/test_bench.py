@@ -4,6 +4,9 @@ import json
 import math
 import os
 import socket
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -199,3 +202,9 @@ def test_a_failed_check_leaves_the_old_file(tmp_path, monkeypatch, capsys):
     (tmp_path / "a.json").write_text("{}")
     assert main(["bench", "decoder", "--json", str(tmp_path / "a.json")]) == 1
     assert "decoder: values is 1 apart" in capsys.readouterr().err and (tmp_path / "a.json").read_text() == "{}"
+
+
+def test_against_a_commit_that_is_not_there():
+    root = Path(__file__).resolve().parent.parent
+    done = subprocess.run([sys.executable, root / "tools/against.py", "nowhere"], capture_output=True, text=True)
+    assert done.returncode == 2 and "no commit 'nowhere' in this repository: give a hash" in done.stderr and "Traceback" not in done.stderr

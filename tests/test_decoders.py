@@ -72,7 +72,7 @@ def test_layouts():
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_other_precisions(dtype):
     x, weights, upstream = network(2, 40, (16, 64, 3))
-    assert far([mlp(x.to(dtype), weights)], [mlp(x, weights)]) < (0.02 if dtype != torch.float64 else 1e-6)  # the weights' precision decides
+    assert far([mlp(x.to(dtype), weights)], [mlp(x, weights)]) < (0.02 if dtype != torch.float64 else 1e-6)  # the weights' precision decides; the points lose half a unit of their last of 8 or 11 bits
     lowered = [w.to(dtype) for w in weights]
     assert mlp(x, lowered).dtype == dtype and far([mlp(x, lowered).float()], [mlp(x, weights)]) < 0.05
     with torch.autocast("cpu", torch.bfloat16): assert mlp(x, weights).dtype == torch.bfloat16

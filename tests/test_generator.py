@@ -5,9 +5,6 @@ from dataclasses import FrozenInstanceError, replace
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import settings as runs
-from hypothesis import strategies as st
 
 from scaledreamer.core.generator_checks import check_generator
 from scaledreamer.core.scene_checks import check_scene

@@ -45,9 +45,12 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=15, help="of a round")
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
+    found = subprocess.run(["git", "rev-parse", "--short=7", "--verify", "--quiet", f"{given.commit}^{{commit}}"], cwd=ROOT, capture_output=True, text=True)
+    if found.returncode: parser.error(f"no commit {given.commit!r} in this repository: give a hash, branch or tag that `git log --all` shows")
+    commit = found.stdout.strip()
     with tempfile.TemporaryDirectory() as folder:
         then = Path(folder) / "then"
-        subprocess.run(["git", "worktree", "add", "--detach", "--quiet", then, given.commit], cwd=ROOT, check=True)
+        subprocess.run(["git", "worktree", "add", "--detach", "--quiet", then, commit], cwd=ROOT, check=True)
         try:
             rounds = []
             for turn in range(given.rounds):
@@ -56,7 +59,6 @@ def main() -> None:
                 rounds.append((found[ROOT], found[then]))
         finally: subprocess.run(["git", "worktree", "remove", "--force", then], cwd=ROOT, check=True)
     ours, anchor = ([median(side["times"]) for side in sides] for sides in zip(*rounds))
-    commit = subprocess.run(["git", "rev-parse", "--short=7", given.commit], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
     row = {"name": "step against itself", "ratio": median(anchor) / median(ours), "ratio_each_round": spread([a / o for o, a in zip(ours, anchor)]),
            "ours": spread(ours), "anchor": spread(anchor), "rounds": len(rounds), "steps": given.steps, "anchor_is": f"the same at {commit}"}
     each = row["ratio_each_round"]

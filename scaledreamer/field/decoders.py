@@ -120,7 +120,7 @@ def check_layers(x: Float[Tensor, "b n f"], weights: Sequence[Float[Tensor, "_ _
 
 
 def mlp(x: Float[Tensor, "b n f"], weights: Sequence[Float[Tensor, "_ _ _"]]) -> Float[Tensor, "b n out"]:
-    "`mlp_plain`, in the way that suits the device. Raises `UsageError` where points and weights disagree about the prompts."
+    "`mlp_plain`, in the way that suits the device. Raises `UsageError` where points and layers do not fit each other."
     check_prompts(x, weights[0])
     lowered = torch.is_autocast_enabled(x.device.type)
     x = x if lowered else x.to(weights[0].dtype)
