@@ -1,6 +1,7 @@
 """The decoders that a CPU walks equal plain products in 64 bits: any shapes and layouts, on any number of threads, again and again."""
 
 import threading
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -55,6 +56,19 @@ def test_pieces_equal_the_whole(chunk, monkeypatch):
     want = pulled(mlp, *given)
     monkeypatch.setattr(decoders, "CHUNK", chunk)
     assert far(pulled(mlp, *given), want) < 1e-5
+
+
+@pytest.mark.parametrize("busy", [0.0, 0.01, 0.6, 1.0])
+def test_points_without_a_gradient_are_left_out(busy, monkeypatch):
+    "They change nothing but what is walked: prompts of different numbers of points, one of none."
+    x, weights, upstream = network(3, CHUNK + 300, (16, 64, 3))
+    upstream *= torch.rand(3, CHUNK + 300, 1, generator=generator(1)) < torch.tensor([busy, busy / 2, 0.0])[:, None, None]
+    walked, walk = [], decoders._walk()
+    monkeypatch.setattr(decoders, "_walk", lambda: SimpleNamespace(push=walk.push, pull=lambda x, *rest: walked.append(len(x)) or walk.pull(x, *rest)))
+    found = pulled(mlp, x, weights, upstream)
+    assert sum(walked) == int(upstream.any(-1).sum())
+    assert far(found, pulled(mlp_plain, x.double(), [w.double() for w in weights], upstream.double())) < 1e-4
+    assert not found[1][~upstream.any(-1)].any() and not any(w[2].any() for w in found[2:])
 
 
 def test_layouts():

@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..core.machine_code import machine_code, on_all_cores, pieces
+from ..core.machine_code import machine_code, nonzero_rows, on_all_cores, pieces
 from ..core.settings import UsageError
 from .levels import HashGridSettings, grid_levels, strides
 from .walk import add_level, block_corners, read_level, rooms, slope_level
@@ -59,10 +59,11 @@ def _read(points: Tensor, table: Tensor, settings: list[float]) -> Tensor:
 @torch.library.custom_op("scaledreamer::pull_grid", mutates_args=())
 def _pull(points: Tensor, table: Tensor, upstream: Tensor, settings: list[float], to_points: bool, to_table: bool) -> tuple[Tensor, Tensor]:
     "The gradients of points and table, each empty where it is not asked for."
-    grid = settings_of(settings)
-    x, entries, rows = points.detach().numpy(), table.detach().numpy(), upstream.float().contiguous().numpy()
-    slopes = torch.zeros_like(points) if to_points else points.new_empty(0)
-    grad = torch.empty_like(table) if to_table else table.new_empty(0)
+    grid, entries, above = settings_of(settings), table.detach().numpy(), upstream.float().contiguous().numpy()
+    which = nonzero_rows(above)
+    x, rows = points.detach().numpy()[which], above[which]
+    slopes = np.zeros(x.shape if to_points else 0, np.float32)
+    to_x, grad = points.new_zeros(points.shape if to_points else 0), torch.empty_like(table) if to_table else table.new_empty(0)
 
     def add(where: slice, column: int, constants: tuple) -> None:
         grad.numpy()[where] = 0
@@ -70,12 +71,13 @@ def _pull(points: Tensor, table: Tensor, upstream: Tensor, settings: list[float]
 
     def slope(piece: slice) -> None:
         for where, column, constants in _level_arguments(grid):
-            compiled().slope(x[piece], entries[where], rows[piece], column, slopes.numpy()[piece], *constants)
+            compiled().slope(x[piece], entries[where], rows[piece], column, slopes[piece], *constants)
 
     tasks = [lambda a=a: add(*a) for a in reversed(_level_arguments(grid))] if to_table else []
     tasks += [lambda piece=piece: slope(piece) for piece in pieces(len(x))] if to_points else []
     on_all_cores(tasks)
-    return slopes, grad
+    if to_points: to_x.numpy()[which] = slopes
+    return to_x, grad
 
 # %% ../../nbs/07_field/03_compiled_grid.ipynb #53e0e6c8
 def settings_of(numbers: list[float]) -> HashGridSettings:

@@ -7,7 +7,7 @@ __all__ = ['Shapes', 'CHUNK', 'layer_shapes', 'count_weights', 'split_weights', 
            'mlp', 'MLPDecoder']
 
 # %% ../../nbs/07_field/09_decoders.ipynb #4e894eb4
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import cache
 from types import SimpleNamespace
 from typing import Any
@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from ..core.machine_code import machine_code, on_all_cores
+from ..core.machine_code import machine_code, nonzero_rows, on_all_cores
 from ..core.settings import UsageError
 from .decoder_walk import combine, correlate, pull_mlp, push_mlp, rectify, rectify_back, turn, turn_back
 
@@ -62,9 +62,9 @@ def _fours(w: Tensor) -> np.ndarray:
     return F.pad(w, (0, -w.shape[-1] % 4, 0, -w.shape[-2] % 4)).contiguous().numpy()
 
 
-def _tasks(x: Tensor) -> list[tuple[int, slice]]:
+def _tasks(prompts: Iterable[np.ndarray]) -> list[tuple[int, slice]]:
     "Points of one prompt each, whatever the number of threads."
-    return [(i, slice(start, start + CHUNK)) for i in range(len(x)) for start in range(0, x.shape[1], CHUNK)]
+    return [(i, slice(start, start + CHUNK)) for i, rows in enumerate(prompts) for start in range(0, len(rows), CHUNK)]
 
 # %% ../../nbs/07_field/09_decoders.ipynb #412ad826
 @torch.library.custom_op("scaledreamer::push_mlp", mutates_args=())
@@ -72,22 +72,25 @@ def _push(x: Tensor, weights: list[Tensor]) -> Tensor:
     "The outputs, 32 bits, on the CPU."
     y, rows, there = x.new_empty(*x.shape[:2], weights[-1].shape[-1]), x.contiguous().numpy(), [_fours(w) for w in weights]
     push = _walk().push
-    on_all_cores([lambda t=t: push(rows[t], tuple(w[t[0]] for w in there), y.numpy()[t]) for t in _tasks(x)])
+    on_all_cores([lambda t=t: push(rows[t], tuple(w[t[0]] for w in there), y.numpy()[t]) for t in _tasks(rows)])
     return y
 
 
 @torch.library.custom_op("scaledreamer::pull_mlp", mutates_args=())
 def _pull(x: Tensor, weights: list[Tensor], upstream: Tensor) -> list[Tensor]:
     "The gradients at the points and of each layer."
-    to_x, rows, above = torch.empty_like(x, memory_format=torch.contiguous_format), x.contiguous().numpy(), upstream.contiguous().numpy()
-    there, back, tasks = [_fours(w) for w in weights], [_fours(w.mT) for w in weights], _tasks(x)
-    found, walk = [tuple(np.zeros_like(w[0]) for w in there) for _ in tasks], _walk()
+    rows, above, walk = x.contiguous().numpy(), upstream.contiguous().numpy(), _walk()
+    which = [nonzero_rows(up) for up in above]  # the others are left out
+    busy, ups = ([row[w] for row, w in zip(a, which)] for a in (rows, above))
+    there, back, tasks, out = [_fours(w) for w in weights], [_fours(w.mT) for w in weights], _tasks(busy), [np.empty_like(b) for b in busy]
+    found = [tuple(np.zeros_like(w[0]) for w in there) for _ in tasks]
 
-    def pull(t: tuple[int, slice], gradients: tuple[np.ndarray, ...]) -> None:
-        walk.pull(rows[t], above[t], tuple(w[t[0]] for w in there), tuple(w[t[0]] for w in back), to_x.numpy()[t], gradients)
+    def pull(i: int, t: slice, gradients: tuple[np.ndarray, ...]) -> None:
+        walk.pull(busy[i][t], ups[i][t], tuple(w[i] for w in there), tuple(w[i] for w in back), out[i][t], gradients)
 
-    on_all_cores([lambda t=t, gradients=gradients: pull(t, gradients) for t, gradients in zip(tasks, found)])
-    sums = [np.zeros_like(w) for w in there]
+    on_all_cores([lambda t=t, gradients=gradients: pull(*t, gradients) for t, gradients in zip(tasks, found)])
+    to_x, sums = x.new_zeros(x.shape), [np.zeros_like(w) for w in there]
+    for to, w, some in zip(to_x.numpy(), which, out): to[w] = some
     for (i, _), gradients in zip(tasks, found):  # in one order
         for total, part in zip(sums, gradients): total[i] += part
     return [to_x, *(torch.from_numpy(total[:, : w.shape[1], : w.shape[2]].copy()) for total, w in zip(sums, weights))]
