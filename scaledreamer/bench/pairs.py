@@ -15,7 +15,6 @@ from importlib.util import find_spec
 from typing import Any
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from ..core.settings import RunError

@@ -11,7 +11,6 @@ import argparse
 import contextlib
 import functools
 import io
-import json
 import operator
 import os
 import re

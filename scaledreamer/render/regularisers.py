@@ -6,7 +6,6 @@
 __all__ = ['sparsity', 'opaque', 'eikonal', 'orient', 'depth_variance']
 
 # %% ../../nbs/08_render/08_regularisers.ipynb #c1c0e506
-import torch
 from jaxtyping import Float
 from torch import Tensor
 

@@ -22,7 +22,7 @@ from .asking import ask, matters, slopes, weigh
 from .compositing import composite
 from .placing import Samples, place_samples, put, take
 from .sampling import along
-from .settings import RELEASE, Field, RenderSettings, field_cache
+from .settings import Field, RenderSettings, field_cache
 
 # %% ../../nbs/08_render/07_volume.ipynb #0bbe5f20
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from ..core.settings import UsageError
 from ..core.tensors import generator
 from ..distill.timesteps import ShiftLaw, constant_shift, deterministic_shift, no_shift, random_shift
 from ..prior.base import Prior
-from .lockstep import Lockstep, ToySettings
+from .lockstep import ToySettings
 
 # %% ../../nbs/05_toy/02_images.ipynb #dec42f17
 def image_settings(steps: int = 1000, seed: int = 0, stride: int = 20) -> ToySettings:

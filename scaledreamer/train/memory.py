@@ -19,7 +19,7 @@ from ..prior.base import TextEmbedding
 from ..prior.memory import LiveBytes, encoding_bytes, evaluation_bytes, shapes_only
 from ..prior.running import PriorSettings
 from ..render.volume import render
-from .settings import TrainSettings, make_generator, paper
+from .settings import TrainSettings, make_generator
 from .step import generated
 
 # %% ../../nbs/11_train/05_memory.ipynb #c265139a

@@ -19,7 +19,7 @@ import torch
 import tyro
 from torch import nn
 
-from ..camera.poses import CameraSettings, FramedCameras, SingleCameras
+from ..camera.poses import FramedCameras, SingleCameras
 from ..core.settings import UsageError, from_json, to_json
 from ..distill.estimator import Estimator, LoRAEstimator
 from ..distill.later_methods import DEFECTS, DESCRIPTION, ism, nfsd, sdi, sds_bridge
@@ -37,7 +37,7 @@ from ..prior.running import PriorSettings
 from ..prior.stable_diffusion import StableDiffusionPrior
 from ..prior.toybox_mixture import toybox_mixture
 from ..render.settings import RELEASE, RenderSettings
-from ..text.corpora import Prompt, load_corpus
+from ..text.corpora import Prompt
 
 # %% ../../nbs/11_train/00_settings.ipynb #cdeb4a13
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ from ..prior.base import Conditioning, Prior, TextEmbedding
 from ..render.regularisers import eikonal, opaque, sparsity
 from ..render.settings import is_cloud
 from ..render.volume import Rendering, render
-from ..text.corpora import Prompt, number
+from ..text.corpora import Prompt
 from ..text.views import perp_neg, view_embeddings
 from .settings import DistillSettings, Make, TrainSettings, check_generator_name, make_estimator, make_generator, make_prior, method_of
 
