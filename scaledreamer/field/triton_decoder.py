@@ -82,12 +82,12 @@ def padded(count: int) -> int:
 
 def fits(features: int, hidden: int, outputs: int) -> bool:
     "Whether the kernels take a network of these widths."
-    return min(features, hidden, outputs) > 0 and hidden <= 128 and outputs <= 16 and padded(features) * padded(hidden) <= 4096
+    return min(features, hidden, outputs) > 0 and hidden <= 128 and outputs <= 16 and max(32, padded(features)) * padded(hidden) <= 4096
 
 
 def sizes(shape: tuple[int, int, int], half: bool, kernel: str) -> dict[str, int]:
     "What a kernel is compiled for; `shape` are features, hidden numbers and outputs, `half` are weights of 16 bits."
-    wide = [padded(count) for count in shape]
+    wide = [max(32, padded(shape[0])), *map(padded, shape[1:])]  # 32 features keep four warps busy
     many = half and wide[0] * wide[1] <= 2048
     block = (128 if many else 64) if kernel == "push" else (64 if many else 16)
     return dict(zip(("FEATURES", "HIDDEN", "OUTPUTS", "F", "H", "O", "BLOCK"), (*shape, *wide, block)))
