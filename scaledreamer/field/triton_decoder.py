@@ -111,7 +111,8 @@ def launch(kernel: str, matrices: tuple[Tensor, Tensor, Tensor, Tensor], **gradi
     x, first, last, y = matrices
     known = sizes((*first.shape[1:], last.shape[2]), first.element_size() < 4, kernel)
     grid = programs(len(x), -(-x.shape[1] // known["BLOCK"]), x.device), len(x)
-    precision, strides = "tf32" if torch.backends.cuda.matmul.allow_tf32 else "tf32x3", [s for matrix in matrices for s in matrix.stride()]
+    precision = "tf32" if getattr(torch.backends.cuda.matmul, "fp32_precision", "") == "tf32" else "tf32x3"
+    strides = [s for matrix in matrices for s in matrix.stride()]
     if all(grid):
         with torch.cuda.device_of(x):
             getattr(kernels(), kernel)[grid](*matrices, x.shape[1], *strides, **gradients, **known, PRECISION=precision, **OPTIONS)
