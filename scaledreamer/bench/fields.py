@@ -110,5 +110,5 @@ def decoder(device: str = "cpu", quick: bool = False) -> list[dict[str, Any]]:
     rows = [compare(decoder_pair(prompts, points, (16, 64, 3), device, loop), device, rounds=2 if quick else 20) for prompts, points, loop in decoder_matches(device, quick)]
     if not here(device, "triton", "tinycudann"): return rows
     settings = HashGridSettings(levels=8, log2_size=12) if quick else HashGridSettings()
-    points = torch.rand(2000 if quick else 200_000, 3, generator=generator(0)).to(device)
+    points = torch.rand(2048 if quick else 1 << 18, 3, generator=generator(0)).to(device)  # no padding to tiny-cuda-nn's multiples of 256
     return [*rows, compare(fused_pair(settings, points, "triton"), device, rounds=2 if quick else 50)]

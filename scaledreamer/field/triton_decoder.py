@@ -140,7 +140,7 @@ def _pull(x: Tensor, first: Tensor, last: Tensor, upstream: Tensor, to_x: bool, 
     "The gradients at the points and of all weights of a prompt in a row, each empty where it is not asked for."
     shape = *first.shape[1:], last.shape[2]
     blocks = -(-x.shape[1] // sizes(shape, first.element_size() < 4, "pull")["BLOCK"])
-    sums = x.new_empty(len(x), programs(len(x), blocks, x.device), first[0].numel() + last[0].numel(), dtype=torch.float32) if to_weights else None
+    sums = x.new_empty(len(x), programs(len(x), blocks, x.device), first.shape[1:].numel() + last.shape[1:].numel(), dtype=torch.float32) if to_weights else None
     slopes = x.new_empty(x.shape) if to_x else None
     launch("pull", (x, first, last, upstream), to_x=slopes, to_weights=sums)
     return x.new_empty(0) if slopes is None else slopes, first.new_empty(0) if sums is None else sums.sum(1).to(first.dtype)
@@ -151,7 +151,7 @@ def _backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, Tensor | None,
     x, first, last = ctx.saved_tensors
     to_x, *layers = ctx.needs_input_grad
     slopes, flat = _pull(x, first, last, upstream, to_x, any(layers))
-    parts = flat.split([w[0].numel() for w in (first, last)], 1) if any(layers) else ()
+    parts = flat.split([w.shape[1:].numel() for w in (first, last)], 1) if any(layers) else ()
     return slopes if to_x else None, *(part.view(w.shape) for part, w in zip(parts, (first, last))), *[None] * (2 - len(parts))
 
 
