@@ -43,3 +43,17 @@ def threads():
     before = torch.get_num_threads()
     yield torch.set_num_threads
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    "Makes up what is installed."
+    from scaledreamer.field import encodings
+
+    def install(*names: str) -> None:
+        monkeypatch.setattr(encodings, "find_spec", lambda name: name in names)
+        monkeypatch.setattr(encodings.shutil, "which", lambda name: "cc" if name in names else None)
+        encodings.LOOKED_UP.clear()
+    monkeypatch.delenv("CC", raising=False)
+    yield install
+    encodings.LOOKED_UP.clear()

@@ -7,11 +7,12 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from scaledreamer.bench.fields import grid_pair
+from scaledreamer.bench.fields import fused_pair, grid_pair
 from scaledreamer.bench.generators import batch_pair
 from scaledreamer.bench.pairs import Pair, agree, compare, passes, spread
 from scaledreamer.bench.renders import check_quality
@@ -20,7 +21,7 @@ from scaledreamer.bench.stopwatch import Stopwatch, split
 from scaledreamer.commands.benches import BENCHES
 from scaledreamer.commands.cli import main
 from scaledreamer.core.settings import RunError
-from scaledreamer.field.levels import HashGridSettings
+from scaledreamer.field.levels import HashGridSettings, encode_torch
 from scaledreamer.train.settings import GENERATORS
 
 NAMES = ["hashgrid", "render", "decoder", "step", "mesh", "prior", "prior-sd21", "prior-mvdream", "step-sd21", "batch-scaling", "corpus-scaling", "roofline"]
@@ -120,6 +121,36 @@ def test_a_wrong_grid_is_found_out():
     pairs[0].verify()
     with pytest.raises(RunError, match="hashgrid, gradient by table and points: features is"):
         Pair(pairs[0].name, pairs[0].ours, pairs[1].anchor).verify()
+
+
+class FusedByHand(torch.nn.Module):
+    "tinycudann.NetworkWithInputEncoding in plain torch, half precision: its row of parameters is the layers, [out, in], then the table."
+
+    def __init__(self, dims, outputs, encoding, network):
+        super().__init__()
+        assert network == {"otype": "FullyFusedMLP", "activation": "ReLU", "output_activation": "None", "n_neurons": 64, "n_hidden_layers": 1}
+        names = ("n_levels", "n_features_per_level", "log2_hashmap_size", "base_resolution", "per_level_scale")
+        assert encoding["otype"] == "HashGrid" and set(encoding) == {"otype", *names}
+        self.settings, self.outputs = HashGridSettings(*(encoding[name] for name in names), dims), outputs
+        self.params = torch.nn.Parameter(torch.empty(0))
+
+    def forward(self, x):
+        width, out = self.settings.levels * self.settings.features, -(-self.outputs // 16) * 16
+        first, last, table = self.params.half().split([64 * width, out * 64, len(self.params) - 64 * width - out * 64])
+        hidden = torch.relu(encode_torch(x, table.float(), self.settings).half() @ first.view(64, width).T)
+        return (hidden @ last.view(out, 64).T)[:, : self.outputs]
+
+
+@pytest.mark.parametrize("outputs", [16, 3])
+def test_tiny_cuda_nn_s_grid_and_network_by_hand(outputs, monkeypatch):
+    "Our table and weights in its row of parameters mean the same; points whose coordinates are in another order are found out."
+    monkeypatch.setitem(sys.modules, "tinycudann", SimpleNamespace(NetworkWithInputEncoding=FusedByHand))
+    pair = fused_pair(HashGridSettings(levels=8, log2_size=8), torch.rand(256, 3), outputs=outputs)
+    row = compare(pair, rounds=2, warmups=0)
+    assert row["widths"] == [16, 64, outputs] and row["ratio"] > 0
+    monkeypatch.setattr(FusedByHand, "forward", lambda self, x, right=FusedByHand.forward: right(self, x.flip(1)))
+    with pytest.raises(RunError, match="hashgrid and decoder, half precision: half .* 0.05 is allowed"):
+        pair.verify()
 
 
 def test_a_generator_whose_prompts_mix_is_found_out():

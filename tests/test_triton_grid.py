@@ -1,4 +1,4 @@
-"""The hash grid's Triton kernels: held to the oracle in Triton's interpreter, compiled for GPUs that are not here, and run where one is."""
+"""Triton's kernels: hash grid and decoder held to the oracle in Triton's interpreter; the grid compiled for GPUs that are not here, and run where one is."""
 
 import json
 import os
@@ -14,7 +14,6 @@ from triton_cases import CASES, SMALL, table_of
 from scaledreamer.bench.fields import matches
 from scaledreamer.core.settings import UsageError
 from scaledreamer.core.tensors import generator
-from scaledreamer.field import encodings
 from scaledreamer.field.encodings import HashGrid, auto_backend, pick_backend
 from scaledreamer.field.levels import HashGridSettings, encode_torch
 from scaledreamer.field.triton_grid import assemble, encode_triton
@@ -37,7 +36,7 @@ def found():
 @needs_triton
 @pytest.mark.parametrize("name", CASES)
 def test_interpreted(name, found):
-    "Features within 1e-5 of the oracle's, gradients within 1e-4 of the largest."
+    "Features and outputs within 1e-5 of the oracle's, gradients within 1e-4 of the largest."
     assert isinstance(found[name], list), found[name]
     for features, *gradients in found[name]:
         assert features <= 1e-5 and all(gradient <= 1e-4 for gradient in gradients), found[name]
@@ -63,18 +62,6 @@ def test_compiled_for_a_gpu(shape, capability, options, tmp_path, monkeypatch):
 
 
 # which code ------------------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def machine(monkeypatch):
-    "Makes up what is installed."
-    def install(*names: str) -> None:
-        monkeypatch.setattr(encodings, "find_spec", lambda name: name in names)
-        monkeypatch.setattr(encodings.shutil, "which", lambda name: "cc" if name in names else None)
-        encodings.LOOKED_UP.clear()
-    monkeypatch.delenv("CC", raising=False)
-    yield install
-    encodings.LOOKED_UP.clear()
 
 
 @pytest.mark.parametrize(("device", "there", "taken", "why"), [

@@ -5,6 +5,7 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from unittest import mock
 
 if __name__ == "__main__":
     import conftest  # noqa: F401  the library's annotations are checked at run time here, too
@@ -14,9 +15,11 @@ from safetensors.torch import load_file
 
 from scaledreamer.core.settings import UsageError
 from scaledreamer.core.tensors import generator
-from scaledreamer.field import triton_grid
+from scaledreamer.field import triton_decoder, triton_grid
+from scaledreamer.field.decoders import mlp_plain
 from scaledreamer.field.encodings import HashGrid
 from scaledreamer.field.levels import HashGridSettings, encode_torch, grid_levels
+from scaledreamer.field.triton_decoder import decode_triton
 from scaledreamer.field.triton_grid import encode_triton
 
 SMALL = HashGridSettings(levels=2, log2_size=6, base=3, scale=2.0)  # a dense level and a hashed one
@@ -189,6 +192,139 @@ def tiny_cuda_nn_s_numbers():
     valid = data["grad_x_valid"].bool()  # elsewhere a point lies on a face
     slope = (by_points - data["grad_x"])[valid].abs().max() / data["grad_x"].abs().max()
     return [[(y - data["y"]).abs().max().item(), slope.item(), ((by_table - data["grad_params"]).abs().max() / data["grad_params"].abs().max()).item()]]
+
+
+# decoders --------------------------------------------------------------------------------------------------------------------
+
+
+def network(prompts: int, points: int, f: int, h: int, o: int) -> list[torch.Tensor]:
+    "Points, both layers, a gradient of the outputs."
+    rng = generator(points)
+    return [torch.randn(prompts, *shape, generator=rng) for shape in ((points, f), (f, h), (h, o), (points, o))]
+
+
+def decoded(x: torch.Tensor, first: torch.Tensor, last: torch.Tensor, upstream: torch.Tensor | None) -> list[list[torch.Tensor]]:
+    "Outputs and gradients, plainly in 64 bits and by Triton; without an upstream gradient that of the sum."
+    results = []
+    for decode, kind in ((lambda x, *layers: mlp_plain(x, layers), torch.float64), (decode_triton, None)):
+        leaves = [t.detach().requires_grad_() if kind is None else t.detach().to(kind).requires_grad_() for t in (x, first, last)]
+        y = decode(*leaves)
+        results.append([y.detach(), *torch.autograd.grad(y.sum() if upstream is None else (y * upstream.to(y)).sum(), leaves)])
+    for got, given in zip(results[1], (last, x, first, last)):
+        assert got.dtype == given.dtype
+    return results
+
+
+def decoder_apart(x: torch.Tensor, first: torch.Tensor, last: torch.Tensor, upstream: torch.Tensor | None = None) -> list[float]:
+    "How far outputs and the gradients of points and layers are from plain products in 64 bits, in parts of the largest."
+    want, got = decoded(x, first, last, upstream)
+    assert [t.shape for t in want] == [t.shape for t in got]
+    return [((b.double() - a).abs().max() / a.abs().max().clamp_min(1e-30)).item() if a.numel() else 0.0 for a, b in zip(want, got)]
+
+
+@case
+def decoder_widths():
+    return [decoder_apart(*network(2, 40, *widths)) for widths in ((32, 64, 3), (16, 16, 16), (5, 20, 1), (17, 100, 2), (1, 1, 1), (64, 64, 16), (31, 65, 15))]
+
+
+@case
+def decoder_counts():
+    "No point, one, borders of blocks, more blocks than programs."
+    return [decoder_apart(*network(prompts, points, 6, 20, 3)) for prompts, points in ((2, 0), (0, 5), (1, 1), (2, 15), (2, 16), (2, 17), (1, 64), (3, 65), (7, 129), (1, 300))]
+
+
+@case
+def decoder_layouts():
+    x, first, last, upstream = network(2, 50, 16, 32, 3)
+    turn = lambda t: t.mT.contiguous().mT
+    row = torch.cat([first.flatten(1), last.flatten(1)], 1)  # as a hypernetwork gives them
+    first, last = row[:, : 16 * 32].unflatten(1, (16, 32)), row[:, 16 * 32 :].unflatten(1, (32, 3))
+    shared = [w[:1].expand(2, -1, -1) for w in (first, last)]
+    return [decoder_apart(*given) for given in (
+        (turn(x), first, last, upstream), (x, turn(first), turn(last), upstream), (x, first, last, turn(upstream)), (x, first, last, None),
+        (x[:1].expand(2, -1, -1), *shared, upstream), (x[:, ::3], first, last, upstream[:, 1::3]), (x, turn(first)[:, :, ::2], last[:, 1::2], upstream))]  # fmt: skip
+
+
+@case
+def a_batch_of_decoders_is_its_members():
+    x, first, last, upstream = network(3, 150, 32, 64, 3)
+    _, together = decoded(x, first, last, upstream)
+    alone = [decoded(*(t[i : i + 1] for t in (x, first, last, upstream)))[1] for i in range(3)]
+    whole = [torch.cat(parts) for parts in zip(*alone)]
+    assert torch.equal(together[0], whole[0]) and torch.equal(together[1], whole[1])  # to the last bit; sums over points are those of other groups
+    return [[((a - b).abs().max() / b.abs().max()).item() for a, b in zip(together, whole)]]
+
+
+@case
+def decoder_blocks_without_a_gradient():
+    x, first, last, upstream = network(2, 200, 32, 64, 3)
+    upstream[0, 10:180], upstream[1] = 0, 0
+    _, got = decoded(x, first, last, upstream)
+    assert not got[1][0, 10:180].any() and not any(g[1].any() for g in got[1:]) and all(g[0].any() for g in got[1:])
+    return [decoder_apart(x, first, last, upstream)]
+
+
+def multiply_bfloat16() -> mock._patch:
+    "Triton's interpreter keeps bfloat16 as 16-bit integers and multiplies those: here they are made floats first."
+    from triton import language
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    def wide(a):
+        return TensorHandle((a.data.astype("uint32") << 16).view("float32"), language.float32) if a.dtype.scalar == language.bfloat16 else a
+    plain = InterpreterBuilder.create_dot
+    return mock.patch.object(InterpreterBuilder, "create_dot", lambda self, a, b, *rest: plain(self, wide(a), wide(b), *rest))
+
+
+@case
+def decoders_of_16_bits():
+    "Weights decide; points may have more bits, and their gradient then has, too."
+    for kind, least in ((torch.float16, 4e-3), (torch.bfloat16, 3e-2)):
+        x, first, last, upstream = network(2, 100, 32, 64, 3)
+        x = x.to(kind)
+        for points in (x, x.float()):
+            with multiply_bfloat16():
+                found = decoder_apart(points, first.to(kind), last.to(kind), upstream.to(kind))
+            assert max(found) < least, (kind, found)
+    return []
+
+
+@case
+def decoder_of_what_is_not_a_number():
+    x, first, last, upstream = network(1, 40, 16, 32, 3)
+    x[0, 7, 3], x[0, 20] = torch.nan, torch.inf
+    y, want = decode_triton(x, first, last), mlp_plain(x, (first, last))
+    assert torch.equal(y.isfinite(), want.isfinite()) and torch.equal(y.isnan(), want.isnan())
+    _, got = decoded(x, first, last, upstream)
+    assert not got[2].isfinite().all() and got[1][0, 8].isfinite().all()
+    return []
+
+
+@case
+def decoder_only_what_is_asked_for():
+    x, first, last, upstream = network(2, 40, 16, 32, 3)
+    _, every = decoded(x, first, last, upstream)
+    for i, want in enumerate(every[1:]):
+        leaves = [t.detach().requires_grad_(i == j) for j, t in enumerate((x, first, last))]
+        (got,) = torch.autograd.grad(decode_triton(*leaves), leaves[i], upstream)
+        assert torch.equal(got, want)
+    with torch.inference_mode():
+        assert torch.equal(decode_triton(x, first, last), every[0])
+    try:
+        torch.autograd.grad(decode_triton(*leaves).sum(), leaves[2], create_graph=True)
+    except UsageError as error:
+        assert "decoders by Triton have no second derivative (create_graph=True); use 64 bits" in str(error)
+        return []
+    raise AssertionError("it was not refused")
+
+
+@case
+def decoder_opcheck():
+    x, first, last, upstream = network(2, 5, 4, 6, 3)
+    tests = ("test_schema", "test_autograd_registration", "test_faketensor")
+    torch.library.opcheck(triton_decoder._push, tuple(t.requires_grad_() for t in (x, first, last)), test_utils=tests)
+    for wanted in ((True, True), (False, True), (True, False)):
+        torch.library.opcheck(triton_decoder._pull, (x.detach(), first.detach(), last.detach(), upstream, *wanted), test_utils=tests)
+    return []
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ def batch_pair(name: str, model: nn.Module, prompts: int, points: int, device: s
         return {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
     leaves = {key: value for key, value in model.named_parameters() if value.requires_grad}
     about = {"prompts": prompts, "points": points, "parameters": sum(p.numel() for p in leaves.values()), "anchor_is": f"{prompts} batches of one prompt"}
-    return Pair(f"batch-scaling, {name}", passes(lambda: ask(slice(None)), leaves, kinked=True), passes(one_by_one, leaves, kinked=True), about=about)
+    return Pair(f"batch-scaling, {name}", passes(lambda: ask(slice(None)), leaves, "kinked"), passes(one_by_one, leaves, "kinked"), about=about)
 
 
 def batch_scaling(device: str = "cpu", quick: bool = False) -> list[dict[str, Any]]:

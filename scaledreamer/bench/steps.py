@@ -123,7 +123,7 @@ class TwoCalls:
 def check_view(ours: Run, anchor: Run, least: float = 40.0) -> None:  # dB
     "Raises `RunError` where two runs see the scene of a text differently, from in front and before white."
     views = [render(run.scene([run.trained[0].text]), camera_rays(orbit(1), 32, 32).to(run.settings.device), run.settings.render,
-                    torch.ones(3, 1, 1, device=run.settings.device)).rgb for run in (ours, anchor)]
+                    torch.ones(1, 1, 3, 1, 1, device=run.settings.device)).rgb for run in (ours, anchor)]
     if not (found := psnr(*views)) >= least:
         raise RunError(f"the two sides' views of one scene agree to {found:.0f} dB, {least:.0f} is asked: these are not the same work, so nothing was timed")
 
