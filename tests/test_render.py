@@ -113,29 +113,6 @@ def test_guided_gradients_are_those_of_dense_sampling():
     assert abs(grads["guided"].norm() / grads["dense"].norm() - 1) < 0.1
 
 
-def test_guided_samples_of_no_weight_get_no_gradient():
-    "The picture stays the same to the last bit, the gradient to two hundredths; what hides behind the surface or lies before it gets exactly none."
-    seen, rays = {}, rays_of(*orbit(1, 1, 24))
-    for threshold in (0.0, 0.01):
-        radii = torch.tensor([0.5], requires_grad=True)
-        ball = SphereScene(radii, colors=torch.tensor([[0.8, 0.3, 0.1]]))
-        asked, answer = [], ball.sdf_and_color
-
-        def remember(points):
-            values, colors = answer(points)
-            values.retain_grad()
-            asked.append(values)
-            return values, colors
-        ball.sdf_and_color = remember
-        out = render(ball, rays, RenderSettings(threshold=threshold))
-        (out.rgb.square().mean() + out.depth.mean()).backward()
-        seen[threshold] = out.rgb.detach(), radii.grad.item(), (asked[0].grad != 0).float().mean().item()
-    assert torch.equal(seen[0.0][0], seen[0.01][0])
-    assert abs(seen[0.01][1] / seen[0.0][1] - 1) < 0.02
-    assert seen[0.01][2] < 0.9 * seen[0.0][2]
-
-
-
 @pytest.mark.parametrize("settings", [RenderSettings(), RenderSettings(sampler="uniform", samples=32), RenderSettings(sampler="importance", looks=24, samples=12)],
                          ids=lambda s: s.sampler)  # fmt: skip
 def test_a_batch_is_its_prompts_and_views(settings):

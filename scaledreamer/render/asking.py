@@ -37,17 +37,13 @@ def matters(weights: Float[Tensor, "b m n"], settings: RenderSettings) -> Bool[T
 def ask(
     scene: Scene | DensityScene, samples: Samples, points: Float[Tensor, "b s 3"], settings: RenderSettings
 ) -> tuple[Float[Tensor, "b s"], Float[Tensor, "b s 3"]]:
-    "The field and the colours at the samples, with a gradient where they matter."
+    "The field and the colours at the samples."
     both = (lambda p: (scene.density(p), scene.color(p))) if is_cloud(scene) else scene.sdf_and_color
-    worth = lambda values: matters(weigh(scene, samples, values.detach(), settings), settings)
     if settings.sampler == "guided" or settings.threshold == 0:
-        values, colors = both(points)
-        if settings.threshold == 0 or not torch.is_grad_enabled(): return values, colors
-        keep = worth(values)
-        return torch.where(keep, values, values.detach()), torch.where(keep[..., None], colors, colors.detach())
+        return both(points)
     with torch.no_grad():
         values = field_of(scene)(points)
-        index, valid = compact(worth(values))
+        index, valid = compact(matters(weigh(scene, samples, values, settings), settings))
     matter, colors = both(take(points, index))
     matter = torch.where(valid, matter, matter.detach())  # padding gets no gradient, or a prompt's would depend on its neighbours
     return values.scatter(1, index, matter), put(colors * valid[..., None], index, points.shape[1])

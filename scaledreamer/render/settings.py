@@ -35,7 +35,7 @@ class RenderSettings:
     bound: float | None = None  # rays are followed inside the sphere of this radius; None: the scene's radius
     planes: tuple[float, float] | None = None  # fixed near and far distance in place of the sphere
     quadrature: Literal["exact", "first_order"] = "exact"  # weights of an interval; first_order is the release's
-    threshold: float = 0.01  # of n samples a ray, those of weight up to threshold / n get no normal, no gradient and, unless guided, no colour
+    threshold: float = 0.01  # of n samples a ray, those of weight up to threshold / n get no normal and, unless guided, no colour or gradient
     normals: Literal["none", "finite", "autograd"] = "none"  # autograd under gradient needs a twice differentiable scene: most are in 64 bits
     epsilon: float = 0.01  # step of finite differences, world units
     gradients: int = 0  # with normals none: samples a prompt whose SDF gradient is returned, for the eikonal term
