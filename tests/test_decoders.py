@@ -64,7 +64,7 @@ def test_points_without_a_gradient_are_left_out(busy, monkeypatch):
     x, weights, upstream = network(3, CHUNK + 300, (16, 64, 3))
     upstream *= torch.rand(3, CHUNK + 300, 1, generator=generator(1)) < torch.tensor([busy, busy / 2, 0.0])[:, None, None]
     walked, walk = [], decoders._walk()
-    monkeypatch.setattr(decoders, "_walk", lambda: SimpleNamespace(push=walk.push, pull=lambda x, *rest: walked.append(len(x)) or walk.pull(x, *rest)))
+    monkeypatch.setattr(decoders, "_walk", lambda: SimpleNamespace(push=walk.push, pull=lambda x, up, which, *rest: walked.append(len(which)) or walk.pull(x, up, which, *rest)))
     found = pulled(mlp, x, weights, upstream)
     assert sum(walked) == int(upstream.any(-1).sum())
     assert far(found, pulled(mlp_plain, x.double(), [w.double() for w in weights], upstream.double())) < 1e-4

@@ -296,7 +296,18 @@ def decoder_of_what_is_not_a_number():
     assert torch.equal(y.isfinite(), want.isfinite()) and torch.equal(y.isnan(), want.isnan())
     _, got = decoded(x, first, last, upstream)
     assert not got[2].isfinite().all() and got[1][0, 8].isfinite().all()
+    alone = torch.zeros_like(upstream)
+    alone[0, 5, 1] = torch.nan
+    assert decoded(*network(1, 40, 16, 32, 3)[:3], alone)[1][1][0, 5].isnan().all()  # is not passed over
     return []
+
+
+@case
+def decoder_of_points_at_the_kink():
+    "Features of 0 make hidden numbers of 0, which pass on no gradient, as torch's ReLU has it."
+    x, first, last, upstream = network(1, 40, 16, 32, 3)
+    x[0, ::2] = 0
+    return [decoder_apart(x, first, last, upstream)]
 
 
 @case

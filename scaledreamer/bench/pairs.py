@@ -54,7 +54,7 @@ class Pair:
 
 # %% ../../nbs/14_bench/00_pairs.ipynb #b5d5ee05
 def passes(forward: Callable[[], Results], leaves: Mapping[str, Tensor], kind: str = "", seed: int = 0) -> Callable[[], Results]:
-    "A call that goes forward and back; it gives the outputs and the gradients by the leaves, which may be `kinked` or `half`."
+    "A call that goes forward and back; it gives the outputs and the gradients by the leaves; `kind` (`kinked`, `half`) says how these are compared."
     kept: dict[str, Tensor] = {}
     word = f"{kind} gradient of".strip()
 

@@ -53,9 +53,9 @@ def pieces(count: int, least: int = 4096) -> list[slice]:
     return [slice(start, start + size) for start in range(0, count, size)]
 
 # %% ../../nbs/00_core/09_machine_code.ipynb #d1c7de6c
-def nonzero_rows(rows: Float[np.ndarray, "n f"]) -> Int64[np.ndarray, " m"] | slice:
-    "Which rows are not all 0, in order; a slice for all, with which nothing is copied."
-    keep = rows[:, 0] != 0
+def nonzero_rows(rows: Float[np.ndarray, "n f"]) -> Int64[np.ndarray, " m"]:
+    "Which rows are not all 0, in order."
+    keep = rows[:, :1].any(1)
     unsure = np.flatnonzero(~keep)
-    keep[unsure] = rows[unsure].any(1)
-    return slice(None) if keep.all() else np.flatnonzero(keep)
+    keep[unsure] = rows.take(unsure, 0).any(1)
+    return np.flatnonzero(keep)

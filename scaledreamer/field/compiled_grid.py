@@ -60,8 +60,8 @@ def _read(points: Tensor, table: Tensor, settings: list[float]) -> Tensor:
 def _pull(points: Tensor, table: Tensor, upstream: Tensor, settings: list[float], to_points: bool, to_table: bool) -> tuple[Tensor, Tensor]:
     "The gradients of points and table, each empty where it is not asked for."
     grid, entries, above = settings_of(settings), table.detach().numpy(), upstream.float().contiguous().numpy()
-    which = nonzero_rows(above)
-    x, rows = points.detach().numpy()[which], above[which]
+    x, rows, which = points.detach().numpy(), above, nonzero_rows(above)
+    if lean := len(which) < 0.9 * len(x): x, rows = x.take(which, 0), above.take(which, 0)  # the others are left out; few are not worth the copies
     slopes = np.zeros(x.shape if to_points else 0, np.float32)
     to_x, grad = points.new_zeros(points.shape if to_points else 0), torch.empty_like(table) if to_table else table.new_empty(0)
 
@@ -76,7 +76,7 @@ def _pull(points: Tensor, table: Tensor, upstream: Tensor, settings: list[float]
     tasks = [lambda a=a: add(*a) for a in reversed(_level_arguments(grid))] if to_table else []
     tasks += [lambda piece=piece: slope(piece) for piece in pieces(len(x))] if to_points else []
     on_all_cores(tasks)
-    if to_points: to_x.numpy()[which] = slopes
+    if to_points: to_x.numpy()[which if lean else slice(None)] = slopes
     return to_x, grad
 
 # %% ../../nbs/07_field/03_compiled_grid.ipynb #53e0e6c8

@@ -52,19 +52,19 @@ BLOCK = 256  # points
 
 
 @no_type_check
-def turn(rows, start, columns):
-    "The block of `rows` from `start` on as columns, 0 beyond its end."
-    count = min(columns.shape[1], len(rows) - start)
+def turn(rows, which, start, columns):
+    "A block of `rows`, those of `which` from `start` on, as columns, 0 beyond the end."
+    count = min(columns.shape[1], len(which) - start)
     if count < columns.shape[1]: columns[:] = np.float32(0)
     for p in range(count):
-        for i in range(rows.shape[1]): columns[i, p] = rows[start + p, i]
+        for i in range(rows.shape[1]): columns[i, p] = rows[which[start + p], i]
 
 
 @no_type_check
-def turn_back(columns, start, rows):
-    "The block of columns into `rows` from `start` on."
-    for p in range(min(columns.shape[1], len(rows) - start)):
-        for i in range(rows.shape[1]): rows[start + p, i] = columns[i, p]
+def turn_back(columns, which, start, rows):
+    "A block of columns into `rows`, those of `which` from `start` on."
+    for p in range(min(columns.shape[1], len(which) - start)):
+        for i in range(rows.shape[1]): rows[which[start + p], i] = columns[i, p]
 
 
 @no_type_check
@@ -84,28 +84,28 @@ def rectify_back(values, gradient):
 
 # %% ../../nbs/07_field/08_decoder_walk.ipynb #b0715017
 @no_type_check
-def push_mlp(x, weights, y):
-    "Writes the network's outputs to `y`; `weights` has an array a layer."
+def push_mlp(x, which, weights, y):
+    "Writes the network's outputs at the points of `which` to their rows of `y`; `weights` has an array a layer."
     h = [np.zeros((len(w), BLOCK), np.float32) for w in weights]
     out, last = np.zeros((weights[-1].shape[1], BLOCK), np.float32), len(weights) - 1
-    for start in range(0, len(x), BLOCK):
-        turn(x, start, h[0])
+    for start in range(0, len(which), BLOCK):
+        turn(x, which, start, h[0])
         for k in range(last):
             combine(weights[k], h[k], h[k + 1])
             rectify(h[k + 1])
         combine(weights[last], h[last], out)
-        turn_back(out, start, y)
+        turn_back(out, which, start, y)
 
 
 @no_type_check
-def pull_mlp(x, upstream, weights, transposed, to_x, gradients):
-    "Writes the gradient at the points to `to_x` and adds those of the weights to `gradients`."
+def pull_mlp(x, upstream, which, weights, transposed, to_x, gradients):
+    "Writes the gradient at the points of `which` to their rows of `to_x` and adds those of the weights to `gradients`."
     h = [np.zeros((len(w), BLOCK), np.float32) for w in weights]
     delta = [np.zeros((len(w), BLOCK), np.float32) for w in transposed]
     back, last = np.zeros((len(weights[0]), BLOCK), np.float32), len(weights) - 1
-    for start in range(0, len(x), BLOCK):
-        turn(x, start, h[0])
-        turn(upstream, start, delta[last])
+    for start in range(0, len(which), BLOCK):
+        turn(x, which, start, h[0])
+        turn(upstream, which, start, delta[last])
         for k in range(last):
             combine(weights[k], h[k], h[k + 1])
             rectify(h[k + 1])
@@ -115,4 +115,4 @@ def pull_mlp(x, upstream, weights, transposed, to_x, gradients):
             rectify_back(h[k], delta[k - 1])
         correlate(h[0], delta[0], gradients[0])
         combine(transposed[0], delta[0], back)
-        turn_back(back, start, to_x)
+        turn_back(back, which, start, to_x)

@@ -7,7 +7,7 @@ __all__ = ['Shapes', 'CHUNK', 'layer_shapes', 'count_weights', 'split_weights', 
            'decoder_code', 'suits_triton', 'mlp', 'MLPDecoder']
 
 # %% ../../nbs/07_field/10_decoders.ipynb #4e894eb4
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from functools import cache
 from types import SimpleNamespace
 from typing import Any
@@ -64,35 +64,33 @@ def _fours(w: Tensor) -> np.ndarray:
     return F.pad(w, (0, -w.shape[-1] % 4, 0, -w.shape[-2] % 4)).contiguous().numpy()
 
 
-def _tasks(prompts: Iterable[np.ndarray]) -> list[tuple[int, slice]]:
-    "Points of one prompt each, whatever the number of threads."
-    return [(i, slice(start, start + CHUNK)) for i, rows in enumerate(prompts) for start in range(0, len(rows), CHUNK)]
+def _tasks(which: np.ndarray) -> list[np.ndarray]:
+    "Points of one prompt, shared out whatever the number of threads."
+    return [which[start : start + CHUNK] for start in range(0, len(which), CHUNK)]
 
 # %% ../../nbs/07_field/10_decoders.ipynb #412ad826
 @torch.library.custom_op("scaledreamer::push_mlp", mutates_args=())
 def _push(x: Tensor, weights: list[Tensor]) -> Tensor:
     "The outputs, 32 bits, on the CPU."
-    y, rows, there = x.new_empty(*x.shape[:2], weights[-1].shape[-1]), x.contiguous().numpy(), [_fours(w) for w in weights]
-    push = _walk().push
-    on_all_cores([lambda t=t: push(rows[t], tuple(w[t[0]] for w in there), y.numpy()[t]) for t in _tasks(rows)])
+    y, rows, there, walk = x.new_empty(*x.shape[:2], weights[-1].shape[-1]), x.contiguous().numpy(), [_fours(w) for w in weights], _walk()
+    tasks = [(i, which) for i in range(len(x)) for which in _tasks(np.arange(x.shape[1]))]
+    on_all_cores([lambda i=i, which=which: walk.push(rows[i], which, tuple(w[i] for w in there), y.numpy()[i]) for i, which in tasks])
     return y
 
 
 @torch.library.custom_op("scaledreamer::pull_mlp", mutates_args=())
 def _pull(x: Tensor, weights: list[Tensor], upstream: Tensor) -> list[Tensor]:
     "The gradients at the points and of each layer."
-    rows, above, walk = x.contiguous().numpy(), upstream.contiguous().numpy(), _walk()
-    which = [nonzero_rows(up) for up in above]  # the others are left out
-    busy, ups = ([row[w] for row, w in zip(a, which)] for a in (rows, above))
-    there, back, tasks, out = [_fours(w) for w in weights], [_fours(w.mT) for w in weights], _tasks(busy), [np.empty_like(b) for b in busy]
+    rows, above, to_x, walk = x.contiguous().numpy(), upstream.contiguous().numpy(), x.new_zeros(x.shape), _walk()
+    there, back = [_fours(w) for w in weights], [_fours(w.mT) for w in weights]
+    tasks = [(i, which) for i, up in enumerate(above) for which in _tasks(nonzero_rows(up))]  # the others are left out
     found = [tuple(np.zeros_like(w[0]) for w in there) for _ in tasks]
 
-    def pull(i: int, t: slice, gradients: tuple[np.ndarray, ...]) -> None:
-        walk.pull(busy[i][t], ups[i][t], tuple(w[i] for w in there), tuple(w[i] for w in back), out[i][t], gradients)
+    def pull(i: int, which: np.ndarray, gradients: tuple[np.ndarray, ...]) -> None:
+        walk.pull(rows[i], above[i], which, tuple(w[i] for w in there), tuple(w[i] for w in back), to_x.numpy()[i], gradients)
 
     on_all_cores([lambda t=t, gradients=gradients: pull(*t, gradients) for t, gradients in zip(tasks, found)])
-    to_x, sums = x.new_zeros(x.shape), [np.zeros_like(w) for w in there]
-    for to, w, some in zip(to_x.numpy(), which, out): to[w] = some
+    sums = [np.zeros_like(w) for w in there]
     for (i, _), gradients in zip(tasks, found):  # in one order
         for total, part in zip(sums, gradients): total[i] += part
     return [to_x, *(torch.from_numpy(total[:, : w.shape[1], : w.shape[2]].copy()) for total, w in zip(sums, weights))]
@@ -124,18 +122,21 @@ def check_layers(x: Float[Tensor, "b n f"], weights: Sequence[Float[Tensor, "_ _
         raise UsageError(f"points and layers of a decoder are {shown}: expected [b, n, f], [b, f, h], ..., [b, h, out] on one device, the layers of one precision")
 
 # %% ../../nbs/07_field/10_decoders.ipynb #5e74dd4b
-def decoder_code(device: str) -> tuple[str, str]:
-    "What computes a decoder on this kind of device, and why."
-    if device == "cpu": return "numba", "walked by machine code on all cores"
-    if device != "cuda": return "torch", "no compiled decoder knows this device"
-    return ("torch", f"slower: {missing('triton')}") if missing("triton") else ("triton", "of one hidden layer, which is never written to memory")
+def decoder_code(device: str | torch.device) -> tuple[str, str]:
+    "What computes a decoder on this device, and why."
+    kind = torch.device(device).type
+    if kind == "cpu": return "numba", "walked by machine code on all cores"
+    if kind != "cuda": return "torch", "no compiled decoder knows this device"
+    if missing("triton"): return "torch", f"slower: {missing('triton')}"
+    if torch.version.hip or torch.cuda.is_available() and torch.cuda.get_device_capability(device) < (8, 0): return "torch", "slower: the compiled one wants an NVIDIA GPU of compute capability 8.0 or later"
+    return "triton", "where it has one hidden layer, which is never written to memory"
 
 
 def suits_triton(x: Float[Tensor, "b n f"], weights: Sequence[Float[Tensor, "_ _ _"]]) -> bool:
-    "Whether the kernels in Triton are there and take this network: one hidden layer, 32 bits or fewer, a GPU with tensor cores for 32 bits."
-    if not x.is_cuda or len(weights) != 2 or decoder_code("cuda")[0] != "triton": return False
+    "Whether the kernels in Triton are there and take this network: one hidden layer, 32 bits or fewer, fewer than 65,536 prompts."
+    if not x.is_cuda or len(weights) != 2 or decoder_code(x.device)[0] != "triton": return False
     narrow = all(t.dtype in (torch.float32, torch.float16, torch.bfloat16) for t in (x, *weights))
-    return narrow and fits(*weights[0].shape[1:], weights[1].shape[2]) and torch.cuda.get_device_capability(x.device) >= (8, 0)
+    return narrow and x.shape[0] < 1 << 16 and fits(*weights[0].shape[1:], weights[1].shape[2])
 
 
 def mlp(x: Float[Tensor, "b n f"], weights: Sequence[Float[Tensor, "_ _ _"]]) -> Float[Tensor, "b n out"]:

@@ -30,7 +30,7 @@ def push_decoder(x, first, last, y, count, x_prompt, x_row, x_column, first_prom
                  FEATURES: tl.constexpr, HIDDEN: tl.constexpr, OUTPUTS: tl.constexpr, F: tl.constexpr, H: tl.constexpr, O: tl.constexpr,
                  BLOCK: tl.constexpr, PRECISION: tl.constexpr):
     "Writes the outputs `y` of a prompt's points, every so many blocks."
-    prompt, f, h, o = tl.program_id(1).to(tl.int64), tl.arange(0, F), tl.arange(0, H), tl.arange(0, O)
+    prompt, f, h, o = tl.program_id(1).to(tl.int64), tl.arange(0, F).to(tl.int64), tl.arange(0, H).to(tl.int64), tl.arange(0, O).to(tl.int64)
     w1 = piece(first + prompt * first_prompt, f, h, first_row, first_column, FEATURES, HIDDEN)
     w2 = piece(last + prompt * last_prompt, h, o, last_row, last_column, HIDDEN, OUTPUTS)
     for block in range(tl.program_id(0), tl.cdiv(count, BLOCK), tl.num_programs(0)):
@@ -46,7 +46,7 @@ def pull_decoder(x, first, last, y, count, x_prompt, x_row, x_column, first_prom
                  to_x, to_weights, FEATURES: tl.constexpr, HIDDEN: tl.constexpr, OUTPUTS: tl.constexpr, F: tl.constexpr, H: tl.constexpr, O: tl.constexpr,
                  BLOCK: tl.constexpr, PRECISION: tl.constexpr):
     "Writes to `to_x` and to the program's row of `to_weights` what `y`, the gradient of the outputs, says about a prompt's points, every so many blocks."
-    prompt, f, h, o = tl.program_id(1).to(tl.int64), tl.arange(0, F), tl.arange(0, H), tl.arange(0, O)
+    prompt, f, h, o = tl.program_id(1).to(tl.int64), tl.arange(0, F).to(tl.int64), tl.arange(0, H).to(tl.int64), tl.arange(0, O).to(tl.int64)
     w1 = piece(first + prompt * first_prompt, f, h, first_row, first_column, FEATURES, HIDDEN)
     w2 = piece(last + prompt * last_prompt, h, o, last_row, last_column, HIDDEN, OUTPUTS)
     by_first, by_last = tl.zeros((H, F), tl.float32), tl.zeros((H, O), tl.float32)
@@ -82,7 +82,7 @@ def padded(count: int) -> int:
 
 def fits(features: int, hidden: int, outputs: int) -> bool:
     "Whether the kernels take a network of these widths."
-    return min(features, hidden, outputs) > 0 and hidden <= 128 and outputs <= 16 and max(32, padded(features)) * padded(hidden) <= 4096
+    return min(features, hidden, outputs) > 0 and features <= 64 and hidden <= 128 and outputs <= 16 and max(32, padded(features)) * padded(hidden) <= 4096
 
 
 def sizes(shape: tuple[int, int, int], half: bool, kernel: str) -> dict[str, int]:
@@ -102,8 +102,8 @@ def programs(prompts: int, blocks: int, device: torch.device) -> int:
 @cache
 def kernels() -> SimpleNamespace:
     "The two kernels as Triton's."
-    helper = jit(piece)
-    return SimpleNamespace(push=jit(push_decoder, ["count"], piece=helper), pull=jit(pull_decoder, ["count"], piece=helper))
+    helper, general = jit(piece), ["count", "x_prompt", "y_prompt"]  # else they are compiled anew where a count is a multiple of 16
+    return SimpleNamespace(push=jit(push_decoder, general, piece=helper), pull=jit(pull_decoder, general, piece=helper))
 
 
 def launch(kernel: str, matrices: tuple[Tensor, Tensor, Tensor, Tensor], **gradients: Tensor | None) -> None:
@@ -123,7 +123,7 @@ def assemble(shape: tuple[int, int, int], capability: int, weights: str = "fp32"
     pointers = dict.fromkeys(("first", "last", "y"), weights) | dict.fromkeys(("x", "to_x"), x) | {"to_weights": "fp32"}
     widths = {"x": shape[0], "first": shape[1], "last": shape[2], "y": shape[2]}
     known = {f"{name}_column": 1 for name in widths} | {"PRECISION": precision} | left_out
-    whole = [f"{name}_row" for name, width in widths.items() if width % 16 == 0] + [f"{name}_prompt" for name in widths]
+    whole = [f"{name}_row" for name, width in widths.items() if width % 16 == 0] + ["first_prompt", "last_prompt"]
     return {name: compile_for(capability, kernel, known | sizes(shape, weights != "fp32", name), pointers, whole, **OPTIONS) for name, kernel in vars(kernels()).items()}
 
 # %% ../../nbs/07_field/09_triton_decoder.ipynb #d73258d1
@@ -162,5 +162,5 @@ _push.register_autograd(_backward, setup_context=lambda ctx, inputs, output: ctx
 
 
 def decode_triton(x: Float[Tensor, "b n f"], first: Float[Tensor, "b f h"], last: Float[Tensor, "b h out"]) -> Float[Tensor, "b n out"]:
-    "relu(x first) last of each prompt, by Triton on a GPU, for widths that `fits`. A second derivative is refused."
+    "relu(x first) last of each prompt, by Triton on a GPU; what it is given fits it and each other, as [`mlp`](10_decoders.ipynb) sees to. A second derivative is refused."
     return _push(x, first, last)
