@@ -15,8 +15,9 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # names of malloc.h
 
 
 def settle() -> None:
-    "Threads that have nothing to do rest soon, and freed memory (of blocks below 32 MB) is kept for the next step. Does nothing where the libraries are others, or the user has decided."
+    "Threads that have nothing to do rest soon, large tensors lie in large pages, and freed memory (of blocks below 32 MB) is kept for the next step. Does nothing where the libraries are others, or the user has decided."
     if "OMP_WAIT_POLICY" not in os.environ: os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     try: mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError, TypeError): return  # not GNU's
     if not {"MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNABLES"} & os.environ.keys():
