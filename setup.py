@@ -1,4 +1,5 @@
 """Install scaledreamer. Everything that may change is in settings.ini, which nbdev reads too."""
+
 from configparser import ConfigParser
 from pathlib import Path
 from setuptools import find_packages, setup
@@ -22,7 +23,9 @@ setup(
     package_data={"scaledreamer": ["assets/**/*"]},
     install_requires=cfg["requirements"].split(),
     extras_require={"dev": cfg["dev_requirements"].split()},
-    entry_points={"console_scripts": ["scaledreamer = scaledreamer.commands.entry:main"],
-                  "nbdev": [f"{cfg['lib_name']}={cfg['lib_name']}._modidx:d"]},
+    entry_points={
+        "console_scripts": ["scaledreamer = scaledreamer.commands.main:main"],
+        "nbdev": [f"{cfg['lib_name']}={cfg['lib_name']}._modidx:d"],
+    },
     zip_safe=False,
 )

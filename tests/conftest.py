@@ -12,7 +12,9 @@ import torch
 from hypothesis import settings
 from jaxtyping import _import_hook, config, install_import_hook
 
-settings.register_profile("house", deadline=None, derandomize=True)  # the same examples every time; a busy machine is no failure
+settings.register_profile(
+    "house", deadline=None, derandomize=True
+)  # the same examples every time; a busy machine is no failure
 settings.load_profile("house")
 
 _unchecked = _import_hook._is_no_type_check
@@ -21,7 +23,9 @@ _unchecked = _import_hook._is_no_type_check
 def _is_unchecked(decorator: ast.expr) -> bool:
     "`@no_type_check`, and what numba compiles: it cannot compile a wrapper."
     compiled = {"njit", "jit", "vectorize", "guvectorize", "stencil"}
-    names = {getattr(node, "id", None) or getattr(node, "attr", None) for node in ast.walk(decorator)}
+    names = {
+        getattr(node, "id", None) or getattr(node, "attr", None) for node in ast.walk(decorator)
+    }
     return _unchecked(decorator) or bool(compiled & names)
 
 
@@ -48,12 +52,13 @@ def threads():
 @pytest.fixture
 def machine(monkeypatch):
     "Makes up what is installed."
-    from scaledreamer.field import encodings
+    from scaledreamer.field import hash_grid
 
     def install(*names: str) -> None:
-        monkeypatch.setattr(encodings, "find_spec", lambda name: name in names)
-        monkeypatch.setattr(encodings.shutil, "which", lambda name: "cc" if name in names else None)
-        encodings.LOOKED_UP.clear()
+        monkeypatch.setattr(hash_grid, "find_spec", lambda name: name in names)
+        monkeypatch.setattr(hash_grid.shutil, "which", lambda name: "cc" if name in names else None)
+        hash_grid.LOOKED_UP.clear()
+
     monkeypatch.delenv("CC", raising=False)
     yield install
-    encodings.LOOKED_UP.clear()
+    hash_grid.LOOKED_UP.clear()

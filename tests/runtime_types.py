@@ -10,5 +10,9 @@ _beartype = beartype(conf=BeartypeConf(is_pep484_tower=True))  # an int is a fin
 def check(function):
     "Beartype, but for `Self`: a method is decorated before its class exists, so nothing can be held against it."
     if hasattr(function, "__annotations__"):
-        function.__annotations__ = {name: hint for name, hint in function.__annotations__.items() if hint not in (Self, "Self")}
+        function.__annotations__ = {
+            name: hint
+            for name, hint in function.__annotations__.items()
+            if hint not in (Self, "Self")
+        }
     return _beartype(function)

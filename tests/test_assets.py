@@ -8,7 +8,7 @@ import torch
 from diffusers import StableDiffusionPipeline
 
 from scaledreamer.camera.poses import orbit
-from scaledreamer.camera.views import view_prompts
+from scaledreamer.camera.view_words import view_prompts
 from scaledreamer.eval.clip import ClipScorer
 from scaledreamer.prior.stable_diffusion import StableDiffusionPrior
 from scaledreamer.toybox.captions import CORPORA, object_of
@@ -19,34 +19,59 @@ ASSETS = Path(str(files("scaledreamer"))) / "assets"
 
 @pytest.mark.parametrize("name, megabytes", [("tiny-sd", 16), ("tiny-clip", 12)])
 def test_size(name, megabytes):
-    assert sum(path.stat().st_size for path in (ASSETS / name).rglob("*") if path.is_file()) <= megabytes * 1e6
+    assert (
+        sum(path.stat().st_size for path in (ASSETS / name).rglob("*") if path.is_file())
+        <= megabytes * 1e6
+    )
 
 
 def test_diffusers_itself_samples_from_the_prior():
     pipeline = StableDiffusionPipeline.from_pretrained(ASSETS / "tiny-sd", local_files_only=True)
     pipeline.set_progress_bar_config(disable=True)
-    image = pipeline("a red ball, <az+0> <el+15>", num_inference_steps=15, guidance_scale=3.0, generator=torch.Generator().manual_seed(0), output_type="pt").images
+    image = pipeline(
+        "a red ball, <az+0> <el+15>",
+        num_inference_steps=15,
+        guidance_scale=3.0,
+        generator=torch.Generator().manual_seed(0),
+        output_type="pt",
+    ).images
     assert image.shape == (1, 3, 64, 64)
     scorer = ClipScorer.load()
-    chosen = (scorer.image_features(image) @ scorer.text_features(list(CORPORA["toybox-15"])).T).argmax()
+    chosen = (
+        scorer.image_features(image) @ scorer.text_features(list(CORPORA["toybox-15"])).T
+    ).argmax()
     assert CORPORA["toybox-15"][chosen] == "a red ball"
 
 
 def test_the_prior_knows_where_the_camera_stands():
     "At t = 900 a wrong azimuth costs at least a tenth of the noise error of lopsided objects, and a wrong object more."
-    prior, g, t = StableDiffusionPrior.from_pretrained(), torch.Generator().manual_seed(3), torch.full((16,), 900)
+    prior, g, t = (
+        StableDiffusionPrior.from_pretrained(),
+        torch.Generator().manual_seed(3),
+        torch.full((16,), 900),
+    )
     told, others, cameras = ["a red chair"] * 16, ["a yellow ball"] * 16, orbit(16, elevation=20.0)
     images = render_object(object_of(told[0]), cameras, 64).over(torch.ones(3)).movedim(-1, 1)
     latents = prior.encode_image(images)
     noise = torch.randn(latents.shape, generator=g)
-    x_t, azimuth, elevation = prior.schedule.add_noise(latents, noise, t), cameras.azimuth[0], cameras.elevation[0]
+    x_t, azimuth, elevation = (
+        prior.schedule.add_noise(latents, noise, t),
+        cameras.azimuth[0],
+        cameras.elevation[0],
+    )
 
     def error(texts, turn):
         with torch.no_grad():
-            tokens = prior.encode_text(view_prompts(texts, azimuth + turn, elevation, "tokens")).tokens
+            tokens = prior.encode_text(
+                view_prompts(texts, azimuth + turn, elevation, "tokens")
+            ).tokens
             return float((prior.predict_noise(x_t, t, tokens) - noise).square().mean())
 
-    assert error(told, 0) < 0.9 * min(error(told, 90), error(told, 180), error(told, -90)) < error(others, 0)
+    assert (
+        error(told, 0)
+        < 0.9 * min(error(told, 90), error(told, 180), error(told, -90))
+        < error(others, 0)
+    )
 
 
 @pytest.mark.parametrize("corpus, views, bar", [("toybox-15", 12, 0.97), ("toybox-800", 1, 0.80)])
@@ -57,7 +82,12 @@ def test_clip_names_fresh_renders(corpus, views, bar):
     for i, caption in list(enumerate(captions))[:: 1 if views > 1 else 4]:
         cameras = orbit(views if views > 1 else 24)
         if views == 1:
-            cameras = type(cameras)(*(x[:, i % 24 : i % 24 + 1] for x in (cameras.elevation, cameras.azimuth, cameras.distance, cameras.fovy)))
+            cameras = type(cameras)(
+                *(
+                    x[:, i % 24 : i % 24 + 1]
+                    for x in (cameras.elevation, cameras.azimuth, cameras.distance, cameras.fovy)
+                )
+            )
         rgb = render_object(object_of(caption), cameras, 64).over(torch.ones(3)).movedim(-1, 1)
         hits += (scorer.image_features(rgb) @ texts.T).argmax(1).eq(i).tolist()
     assert sum(hits) / len(hits) >= bar

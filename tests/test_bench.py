@@ -12,19 +12,32 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from scaledreamer.bench.fields import fused_pair, grid_pair
-from scaledreamer.bench.generators import batch_pair
-from scaledreamer.bench.pairs import Pair, agree, compare, passes, spread
-from scaledreamer.bench.renders import check_quality
-from scaledreamer.bench.steps import same_step
+from scaledreamer.bench.field_speed import fused_pair, grid_pair
+from scaledreamer.bench.batch_scaling import batch_pair
+from scaledreamer.bench.paired import PairedBenchmark, agree, compare, passes, quartiles
+from scaledreamer.bench.render_speed import check_quality
+from scaledreamer.bench.step_speed import same_step
 from scaledreamer.bench.stopwatch import Stopwatch, split
-from scaledreamer.commands.benches import BENCHES
-from scaledreamer.commands.cli import main
+from scaledreamer.commands.bench import BENCHES
+from scaledreamer.commands.cli import run_command
 from scaledreamer.core.settings import RunError
-from scaledreamer.field.levels import HashGridSettings, encode_torch
-from scaledreamer.train.settings import GENERATORS
+from scaledreamer.kernels.hash_grid_reference import HashGridSettings, encode_torch
+from scaledreamer.train.train_settings import GENERATORS
 
-NAMES = ["hashgrid", "render", "decoder", "step", "mesh", "prior", "prior-sd21", "prior-mvdream", "step-sd21", "batch-scaling", "corpus-scaling", "roofline"]
+NAMES = [
+    "hashgrid",
+    "render",
+    "decoder",
+    "step",
+    "mesh",
+    "prior",
+    "prior-sd21",
+    "prior-mvdream",
+    "step-sd21",
+    "batch-scaling",
+    "corpus-scaling",
+    "roofline",
+]
 
 
 class Clock:
@@ -42,6 +55,7 @@ class Clock:
         def call():
             self.order.append(word)
             self.now += next(turn)
+
         return call
 
 
@@ -50,11 +64,24 @@ class Clock:
 
 def test_turns_medians_and_ratios():
     clock = Clock()
-    pair = Pair("fake", clock.side("a", 9, 1, 2, 4, 5), clock.side("b", 9, 10, 8, 20, 5), check=lambda: None, about={"size": 3})
+    pair = PairedBenchmark(
+        "fake",
+        clock.side("a", 9, 1, 2, 4, 5),
+        clock.side("b", 9, 10, 8, 20, 5),
+        check=lambda: None,
+        about={"size": 3},
+    )
     row = compare(pair, rounds=4, warmups=1, clock=clock)
     assert "".join(clock.order) == "ab" + "abbaabba"
-    assert row["ours"] == {"median": 3.0, "low": 1.75, "high": 4.25} and row["anchor"]["median"] == 9.0
-    assert row["ratio"] == 3.0 and row["ratio_each_round"] == pytest.approx(spread([10, 4, 5, 1])) and (row["rounds"], row["size"]) == (4, 3)
+    assert (
+        row["ours"] == {"median": 3.0, "low": 1.75, "high": 4.25}
+        and row["baseline"]["median"] == 9.0
+    )
+    assert (
+        row["ratio"] == 3.0
+        and row["ratio_each_round"] == pytest.approx(quartiles([10, 4, 5, 1]))
+        and (row["rounds"], row["size"]) == (4, 3)
+    )
 
 
 def test_the_check_comes_first():
@@ -62,8 +89,9 @@ def test_the_check_comes_first():
 
     def wrong():
         raise RunError("fake: 1 apart")
+
     with pytest.raises(RunError, match="1 apart"):
-        compare(Pair("fake", clock.side("a"), clock.side("b"), wrong), clock=clock)
+        compare(PairedBenchmark("fake", clock.side("a"), clock.side("b"), wrong), clock=clock)
     assert clock.order == []
 
 
@@ -73,8 +101,16 @@ def test_a_drift_falls_on_both():
 
     def slower():
         clock.now += next(calls)
-    row = compare(Pair("fake", slower, slower, check=lambda: None), rounds=20, warmups=0, clock=clock)
-    assert row["ratio"] == pytest.approx(1, abs=0.03) and row["ratio_each_round"]["median"] == pytest.approx(1, abs=0.03)
+
+    row = compare(
+        PairedBenchmark("fake", slower, slower, check=lambda: None),
+        rounds=20,
+        warmups=0,
+        clock=clock,
+    )
+    assert row["ratio"] == pytest.approx(1, abs=0.03) and row["ratio_each_round"][
+        "median"
+    ] == pytest.approx(1, abs=0.03)
 
 
 def test_own_time_of_parts_also_where_one_fails():
@@ -88,8 +124,12 @@ def test_own_time_of_parts_also_where_one_fails():
         def inner(self):
             clock.now += 4
             raise ValueError("no")
+
     watch, before = Stopwatch(clock=clock), Tools.__dict__["outer"]
-    with watch.on((Tools, "outer", "out"), (Tools, "inner", "in")), pytest.raises(ValueError, match="no"):
+    with (
+        watch.on((Tools, "outer", "out"), (Tools, "inner", "in")),
+        pytest.raises(ValueError, match="no"),
+    ):
         Tools().outer()
     assert watch.parts == {"out": 1, "in": 4} and Tools.__dict__["outer"] is before
     found = split(clock.side("x", 3, 3), [(Tools, "outer", "out")], rounds=2, clock=clock)
@@ -102,7 +142,10 @@ def test_own_time_of_parts_also_where_one_fails():
 def test_agreement_is_relative_and_told():
     x = torch.tensor([1.0, 1000.0])
     agree("b", {"y": x + 0.009}, {"y": x})
-    with pytest.raises(RunError, match=r"b: y is 2e-05 of its largest number away from the anchor's, 1e-05 is allowed"):
+    with pytest.raises(
+        RunError,
+        match=r"b: y is 2e-05 of its largest number away from the anchor's, 1e-05 is allowed",
+    ):
         agree("b", {"y": x + 0.02}, {"y": x})
     with pytest.raises(RunError, match="gradient of w"):
         agree("b", {"gradient of w": x + 0.2}, {"gradient of w": x})
@@ -117,10 +160,13 @@ def test_passes_gives_true_gradients():
 
 
 def test_a_wrong_grid_is_found_out():
-    pairs = [grid_pair(HashGridSettings(levels=2, log2_size=8), torch.rand(64, 3), True) for _ in range(2)]
+    pairs = [
+        grid_pair(HashGridSettings(levels=2, log2_size=8), torch.rand(64, 3), True)
+        for _ in range(2)
+    ]
     pairs[0].verify()
     with pytest.raises(RunError, match="hashgrid, gradient by table and points: features is"):
-        Pair(pairs[0].name, pairs[0].ours, pairs[1].anchor).verify()
+        PairedBenchmark(pairs[0].name, pairs[0].ours, pairs[1].baseline).verify()
 
 
 class FusedByHand(torch.nn.Module):
@@ -128,28 +174,53 @@ class FusedByHand(torch.nn.Module):
 
     def __init__(self, dims, outputs, encoding, network):
         super().__init__()
-        assert network == {"otype": "FullyFusedMLP", "activation": "ReLU", "output_activation": "None", "n_neurons": 64, "n_hidden_layers": 1}
-        names = ("n_levels", "n_features_per_level", "log2_hashmap_size", "base_resolution", "per_level_scale")
+        assert network == {
+            "otype": "FullyFusedMLP",
+            "activation": "ReLU",
+            "output_activation": "None",
+            "n_neurons": 64,
+            "n_hidden_layers": 1,
+        }
+        names = (
+            "n_levels",
+            "n_features_per_level",
+            "log2_hashmap_size",
+            "base_resolution",
+            "per_level_scale",
+        )
         assert encoding["otype"] == "HashGrid" and set(encoding) == {"otype", *names}
-        self.settings, self.outputs = HashGridSettings(*(encoding[name] for name in names), dims), outputs
+        self.settings, self.outputs = (
+            HashGridSettings(*(encoding[name] for name in names), dims),
+            outputs,
+        )
         self.params = torch.nn.Parameter(torch.empty(0))
 
     def forward(self, x):
         width, out = self.settings.levels * self.settings.features, -(-self.outputs // 16) * 16
-        first, last, table = self.params.half().split([64 * width, out * 64, len(self.params) - 64 * width - out * 64])
-        hidden = torch.relu(encode_torch(x, table.float(), self.settings).half() @ first.view(64, width).T)
+        first, last, table = self.params.half().split(
+            [64 * width, out * 64, len(self.params) - 64 * width - out * 64]
+        )
+        hidden = torch.relu(
+            encode_torch(x, table.float(), self.settings).half() @ first.view(64, width).T
+        )
         return (hidden @ last.view(out, 64).T)[:, : self.outputs]
 
 
 @pytest.mark.parametrize("outputs", [16, 3])
 def test_tiny_cuda_nn_s_grid_and_network_by_hand(outputs, monkeypatch):
     "Our table and weights in its row of parameters mean the same; points whose coordinates are in another order are found out."
-    monkeypatch.setitem(sys.modules, "tinycudann", SimpleNamespace(NetworkWithInputEncoding=FusedByHand))
+    monkeypatch.setitem(
+        sys.modules, "tinycudann", SimpleNamespace(NetworkWithInputEncoding=FusedByHand)
+    )
     pair = fused_pair(HashGridSettings(levels=8, log2_size=8), torch.rand(256, 3), outputs=outputs)
     row = compare(pair, rounds=2, warmups=0)
     assert row["widths"] == [16, 64, outputs] and row["ratio"] > 0
-    monkeypatch.setattr(FusedByHand, "forward", lambda self, x, right=FusedByHand.forward: right(self, x.flip(1)))
-    with pytest.raises(RunError, match="hashgrid and decoder, half precision: half .* 0.05 is allowed"):
+    monkeypatch.setattr(
+        FusedByHand, "forward", lambda self, x, right=FusedByHand.forward: right(self, x.flip(1))
+    )
+    with pytest.raises(
+        RunError, match="hashgrid and decoder, half precision: half .* 0.05 is allowed"
+    ):
         pair.verify()
 
 
@@ -160,16 +231,19 @@ def test_a_generator_whose_prompts_mix_is_found_out():
             self.inner = GENERATORS["triplane"](96)
 
         def forward(self, text):
-            return self.inner(type(text)(text.tokens.mean(0, keepdim=True).expand_as(text.tokens), text.pooled))
+            return self.inner(
+                type(text)(text.tokens.mean(0, keepdim=True).expand_as(text.tokens), text.pooled)
+            )
+
     with pytest.raises(RunError, match="batch-scaling, mixing: .* nothing was timed"):
         compare(batch_pair("mixing", Mixing(), 2, 16, "cpu"))
 
 
 def test_other_pictures_and_other_steps_are_found_out():
     with pytest.raises(RunError, match="render: anchor is a picture of 12.0 dB"):
-        check_quality({"psnr": {"ours": 40.0, "anchor": 12.0}})
+        check_quality({"psnr": {"ours": 40.0, "baseline": 12.0}})
     with pytest.raises(RunError, match="render: ours is a picture of nan dB"):
-        check_quality({"psnr": {"ours": math.nan, "anchor": 40.0}})
+        check_quality({"psnr": {"ours": math.nan, "baseline": 40.0}})
     step = {"t": 500.0, "opacity": 0.3}
     for other in ({"t": 501.0}, {"opacity": 0.4}, {"opacity": math.nan}):
         with pytest.raises(RunError, match="these are not the same step"):
@@ -181,27 +255,40 @@ def test_other_pictures_and_other_steps_are_found_out():
 
 def test_every_benchmark_is_named(capsys):
     assert set(NAMES) == set(BENCHES)
-    assert main(["bench", "--list"]) == 0
+    assert run_command(["bench", "--list"]) == 0
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == list(BENCHES)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_quick_form_gives_finite_ratios(name, tmp_path, capsys):
     file = tmp_path / "new" / "result.json"
-    assert main(["bench", name, "--quick", "--json", str(file)]) == 0
+    assert run_command(["bench", name, "--quick", "--json", str(file)]) == 0
     out = capsys.readouterr().out
     assert out.splitlines()[-1] == f"bench: {file}"
     found = json.loads(file.read_text(encoding="utf-8"))
     assert (found["bench"], found["quick"], found["environment"]["device"]) == (name, True, "cpu")
     for row in found["rows"]:
-        assert row["name"] in out and row["anchor_is"] in out and row["rounds"] >= 2
-        for value in (row["ratio"], *row["ratio_each_round"].values(), *row["ours"].values(), *row["anchor"].values()):
+        assert row["name"] in out and row["baseline_is"] in out and row["rounds"] >= 2
+        for value in (
+            row["ratio"],
+            *row["ratio_each_round"].values(),
+            *row["ours"].values(),
+            *row["baseline"].values(),
+        ):
             assert math.isfinite(value) and value > 0
         if "parts" in row:
             parts = dict(row["parts"])
-            assert all(part >= 0 for part in parts.values()) and parts.pop("whole") > 0 and 0 <= row["other_percent"] < 100
+            assert (
+                all(part >= 0 for part in parts.values())
+                and parts.pop("whole") > 0
+                and 0 <= row["other_percent"] < 100
+            )
     text = file.read_text(encoding="utf-8")
-    assert socket.gethostname() not in text and os.path.expanduser("~") not in text and str(tmp_path) not in text
+    assert (
+        socket.gethostname() not in text
+        and os.path.expanduser("~") not in text
+        and str(tmp_path) not in text
+    )
 
 
 @pytest.mark.parametrize(("words", "said"), [
@@ -213,7 +300,7 @@ def test_wrong_words_are_one_sentence_before_any_work(words, said, tmp_path, mon
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").touch()
     monkeypatch.setitem(BENCHES, "hashgrid", lambda *_: pytest.fail("it ran"))
-    assert main(["bench", *words]) == 2
+    assert run_command(["bench", *words]) == 2
     captured = capsys.readouterr()
     assert said in captured.err and captured.err.count("\n") == 1 and not captured.out
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
@@ -222,20 +309,30 @@ def test_wrong_words_are_one_sentence_before_any_work(words, said, tmp_path, mon
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_the_hash_grid_on_a_gpu_that_is_not_here(monkeypatch, capsys):
     monkeypatch.setitem(BENCHES, "hashgrid", lambda *_: pytest.fail("it ran"))
-    assert main(["bench", "hashgrid", "--device", "cuda"]) == 2
+    assert run_command(["bench", "hashgrid", "--device", "cuda"]) == 2
     assert "device 'cuda' is not on this machine; there is " in capsys.readouterr().err
 
 
 def test_a_failed_check_leaves_the_old_file(tmp_path, monkeypatch, capsys):
     def fails(device, quick):
         raise RunError("decoder: values is 1 apart")
+
     monkeypatch.setitem(BENCHES, "decoder", fails)
     (tmp_path / "a.json").write_text("{}")
-    assert main(["bench", "decoder", "--json", str(tmp_path / "a.json")]) == 1
-    assert "decoder: values is 1 apart" in capsys.readouterr().err and (tmp_path / "a.json").read_text() == "{}"
+    assert run_command(["bench", "decoder", "--json", str(tmp_path / "a.json")]) == 1
+    assert (
+        "decoder: values is 1 apart" in capsys.readouterr().err
+        and (tmp_path / "a.json").read_text() == "{}"
+    )
 
 
 def test_against_a_commit_that_is_not_there():
     root = Path(__file__).resolve().parent.parent
-    done = subprocess.run([sys.executable, root / "tools/against.py", "nowhere"], capture_output=True, text=True)
-    assert done.returncode == 2 and "no commit 'nowhere' in this repository: give a hash" in done.stderr and "Traceback" not in done.stderr
+    done = subprocess.run(
+        [sys.executable, root / "tools/against.py", "nowhere"], capture_output=True, text=True
+    )
+    assert (
+        done.returncode == 2
+        and "no commit 'nowhere' in this repository: give a hash" in done.stderr
+        and "Traceback" not in done.stderr
+    )

@@ -9,17 +9,30 @@ from hypothesis import strategies as st
 
 from scaledreamer.camera.cameras import Cameras, camera_condition, look_at
 from scaledreamer.camera.poses import (
-    FramedCameras, RigCameras, SingleCameras, between_on_sphere, framing_distance, orbit, sample_cameras, wrap_degrees,
+    FramedCameras,
+    RigCameras,
+    SingleCameras,
+    between_on_sphere,
+    framing_distance,
+    orbit,
+    sample_cameras,
+    wrap_degrees,
 )
 from scaledreamer.camera.rays import box_bounds, camera_rays, sphere_bounds
 from scaledreamer.core.settings import UsageError, from_json, to_json
-from scaledreamer.core.tensors import generator
+from scaledreamer.core.tensors import make_rng
 
-LAWS = [SingleCameras(), RigCameras(), RigCameras(as_released=True), FramedCameras(), FramedCameras(rig=True)]
+DISTRIBUTIONS = [
+    SingleCameras(),
+    RigCameras(),
+    RigCameras(as_released=True),
+    FramedCameras(),
+    FramedCameras(rig=True),
+]
 
 
 def some_cameras(b: int, v: int, seed: int = 0) -> Cameras:
-    u = torch.rand(4, b, v, generator=generator(seed))
+    u = torch.rand(4, b, v, generator=make_rng(seed))
     return Cameras(u[0] * 180 - 90, u[1] * 720 - 360, u[2] * 3 + 0.5, u[3] * 80 + 10)
 
 
@@ -32,17 +45,23 @@ def test_a_pose_is_a_rotation_that_looks_at_the_origin(elevation, azimuth, dista
     assert torch.linalg.det(turn) > 0
     torch.testing.assert_close(position, distance * turn[:, 2])
     assert turn[2, 0] == 0 and turn[2, 1] >= 0  # level, and the right way up
-    assert math.isclose(position[2].item(), distance * math.sin(math.radians(elevation)), abs_tol=1e-9)
+    assert math.isclose(
+        position[2].item(), distance * math.sin(math.radians(elevation)), abs_tol=1e-9
+    )
 
 
 @given(st.floats(-1e5, 1e5, width=32))
 def test_wrapped_angles(angle):
     wrapped = wrap_degrees(torch.tensor(angle))
     assert -180 <= wrapped < 180
-    assert abs(math.remainder(wrapped.item() - angle, 360)) < 0.05  # 32-bit numbers of size 1e5 are 0.008 apart
+    assert (
+        abs(math.remainder(wrapped.item() - angle, 360)) < 0.05
+    )  # 32-bit numbers of size 1e5 are 0.008 apart
 
 
-@pytest.mark.parametrize("b", [1, 2, 3, 4])  # 3 is where a cross product without a dimension goes wrong
+@pytest.mark.parametrize(
+    "b", [1, 2, 3, 4]
+)  # 3 is where a cross product without a dimension goes wrong
 def test_a_batch_is_its_members(b):
     cameras = some_cameras(b, 3)
     rays = camera_rays(cameras, 4, 6)
@@ -50,7 +69,9 @@ def test_a_batch_is_its_members(b):
         one = camera_rays(cameras[[i]], 4, 6)
         torch.testing.assert_close(one.origins[0], rays.origins[i])
         torch.testing.assert_close(one.directions[0], rays.directions[i])
-    torch.testing.assert_close(camera_condition(cameras.c2w())[-1], camera_condition(cameras.c2w()[-1]))
+    torch.testing.assert_close(
+        camera_condition(cameras.c2w())[-1], camera_condition(cameras.c2w()[-1])
+    )
 
 
 def test_points_on_rays_project_to_the_centres_of_their_pixels():
@@ -58,24 +79,37 @@ def test_points_on_rays_project_to_the_centres_of_their_pixels():
     h, w = 5, 8
     rays = camera_rays(cameras, h, w)
     points = rays.origins + 1.7 * rays.directions
-    local = torch.einsum("bvij,bvhwj->bvhwi", torch.linalg.inv(cameras.c2w()), torch.cat([points, torch.ones(*points.shape[:-1], 1)], -1))
+    local = torch.einsum(
+        "bvij,bvhwj->bvhwi",
+        torch.linalg.inv(cameras.c2w()),
+        torch.cat([points, torch.ones(*points.shape[:-1], 1)], -1),
+    )
     focal = (h / 2 / (cameras.fovy / 2).deg2rad().tan())[..., None, None]
-    column, row = w / 2 - focal * local[..., 0] / local[..., 2], h / 2 + focal * local[..., 1] / local[..., 2]
+    column, row = (
+        w / 2 - focal * local[..., 0] / local[..., 2],
+        h / 2 + focal * local[..., 1] / local[..., 2],
+    )
     torch.testing.assert_close(column, (torch.arange(w) + 0.5).expand_as(column), atol=1e-3, rtol=0)
-    torch.testing.assert_close(row, (torch.arange(h) + 0.5)[:, None].expand_as(row), atol=1e-3, rtol=0)
+    torch.testing.assert_close(
+        row, (torch.arange(h) + 0.5)[:, None].expand_as(row), atol=1e-3, rtol=0
+    )
 
 
 def test_every_second_pixel_centre_lies_between_two_of_twice_the_resolution():
     cameras = some_cameras(1, 2)
     coarse, fine = camera_rays(cameras, 4, 4), camera_rays(cameras, 8, 8)
-    looked = lambda rays: rays.directions / (rays.directions @ -cameras.c2w()[0, 0, :3, 2])[..., None]  # on the plane one ahead
-    mean = torch.nn.functional.avg_pool2d(looked(fine)[0, 0].permute(2, 0, 1)[None], 2)[0].permute(1, 2, 0)
+    looked = lambda rays: (
+        rays.directions / (rays.directions @ -cameras.c2w()[0, 0, :3, 2])[..., None]
+    )  # on the plane one ahead
+    mean = torch.nn.functional.avg_pool2d(looked(fine)[0, 0].permute(2, 0, 1)[None], 2)[0].permute(
+        1, 2, 0
+    )
     torch.testing.assert_close(mean, looked(coarse)[0, 0], atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("bounds", [sphere_bounds, box_bounds])
 def test_bounds_against_brute_force(bounds):
-    rng = generator(3)
+    rng = make_rng(3)
     origins = torch.randn(500, 3, generator=rng)
     directions = torch.nn.functional.normalize(torch.randn(500, 3, generator=rng), dim=-1)
     near, far, hit = bounds(origins, directions, 0.8)
@@ -95,51 +129,73 @@ def test_bounds_of_rays_along_the_axes():
     axes = torch.cat([torch.eye(3), -torch.eye(3)])
     for bounds in (sphere_bounds, box_bounds):
         near, far, hit = bounds(-3 * axes, axes, 1.0)
-        assert hit.all() and torch.allclose(near, torch.tensor(2.0)) and torch.allclose(far, torch.tensor(4.0))
+        assert (
+            hit.all()
+            and torch.allclose(near, torch.tensor(2.0))
+            and torch.allclose(far, torch.tensor(4.0))
+        )
         near, far, hit = bounds(-3 * axes + 2 * axes.roll(1, -1), axes, 1.0)
         assert not hit.any() and torch.equal(near, far)
     on_the_face = torch.tensor([[1.0, 0.0, -3.0]])  # in the plane of a side
-    assert all(x.isfinite().all() for x in box_bounds(on_the_face, torch.tensor([[0.0, 0.0, 1.0]]), 1.0)[:2])
+    assert all(
+        x.isfinite().all()
+        for x in box_bounds(on_the_face, torch.tensor([[0.0, 0.0, 1.0]]), 1.0)[:2]
+    )
 
 
 def test_a_sphere_per_ray():
-    origins, directions = torch.tensor([[-3.0, 0, 0]]).expand(2, 3), torch.tensor([[1.0, 0, 0]]).expand(2, 3)
+    origins, directions = (
+        torch.tensor([[-3.0, 0, 0]]).expand(2, 3),
+        torch.tensor([[1.0, 0, 0]]).expand(2, 3),
+    )
     near, far, hit = sphere_bounds(origins, directions, torch.tensor([1.0, 2.0]))
     assert near.tolist() == [2, 1] and far.tolist() == [4, 5] and hit.all()
 
 
-@pytest.mark.parametrize("law", LAWS, ids=str)
+@pytest.mark.parametrize("distribution", DISTRIBUTIONS, ids=str)
 @pytest.mark.parametrize("shape", [(1, 1), (3, 1), (1, 4), (5, 4)])
-def test_samplers(law, shape):
-    cameras = sample_cameras(law, *shape, generator(7))
+def test_samplers(distribution, shape):
+    cameras = sample_cameras(distribution, *shape, make_rng(7))
     assert cameras.shape == shape
-    again = sample_cameras(law, *shape, generator(7))
-    assert torch.equal(cameras.azimuth, again.azimuth) and torch.equal(cameras.distance, again.distance)
-    assert not torch.equal(cameras.azimuth, sample_cameras(law, *shape, generator(8)).azimuth)
+    again = sample_cameras(distribution, *shape, make_rng(7))
+    assert torch.equal(cameras.azimuth, again.azimuth) and torch.equal(
+        cameras.distance, again.distance
+    )
+    assert not torch.equal(
+        cameras.azimuth, sample_cameras(distribution, *shape, make_rng(8)).azimuth
+    )
     assert cameras.c2w().isfinite().all()
     assert (cameras.azimuth >= -180).all() and (cameras.azimuth < 180 + 1e-4).all()
-    for values, (low, high) in ((cameras.elevation, law.elevation), (cameras.fovy, law.fovy)):
+    for values, (low, high) in (
+        (cameras.elevation, distribution.elevation),
+        (cameras.fovy, distribution.fovy),
+    ):
         assert (values >= low - 1e-4).all() and (values <= high + 1e-4).all()
-    if isinstance(law, RigCameras) or getattr(law, "rig", False):
+    if isinstance(distribution, RigCameras) or getattr(distribution, "rig", False):
         assert torch.equal(cameras.elevation, cameras.elevation[:, :1].expand(shape))
         assert torch.equal(cameras.fovy, cameras.fovy[:, :1].expand(shape))
-    assert from_json(type(law), to_json(law)) == law
+    assert from_json(type(distribution), to_json(distribution)) == distribution
 
 
 def test_azimuths_cover_the_circle():
-    for law in (SingleCameras(), FramedCameras(), FramedCameras(rig=True)):
-        cameras = sample_cameras(law, 6, 4, generator(0))
-        assert torch.equal(((cameras.azimuth + 180) / 15).floor().flatten().sort().values, torch.arange(24.0)), law
+    for distribution in (SingleCameras(), FramedCameras(), FramedCameras(rig=True)):
+        cameras = sample_cameras(distribution, 6, 4, make_rng(0))
+        assert torch.equal(
+            ((cameras.azimuth + 180) / 15).floor().flatten().sort().values, torch.arange(24.0)
+        ), distribution
 
 
 def test_framed_prompts_take_different_slots_each_time():
     "Which prompt is seen from where is not tied to its place in the batch."
-    first = [sample_cameras(FramedCameras(), 8, 1, generator(seed)).azimuth[0, 0].item() for seed in range(40)]
+    first = [
+        sample_cameras(FramedCameras(), 8, 1, make_rng(seed)).azimuth[0, 0].item()
+        for seed in range(40)
+    ]
     assert min(first) < -90 and max(first) > 90
 
 
 def test_elevations_on_the_sphere_have_uniform_height():
-    e = between_on_sphere(torch.rand(20_000, generator=generator(0)), (-10.0, 45.0)).deg2rad().sin()
+    e = between_on_sphere(torch.rand(20_000, generator=make_rng(0)), (-10.0, 45.0)).deg2rad().sin()
     low, high = (math.sin(math.radians(x)) for x in (-10, 45))
     assert abs(e.mean().item() - (low + high) / 2) < 0.01
     assert abs(e.std().item() - (high - low) / 12**0.5) < 0.01
@@ -150,27 +206,34 @@ def test_the_framed_sphere_touches_the_frame(fovy):
     distance = framing_distance(torch.tensor(fovy), 0.5, 1.0)
     rays = camera_rays(orbit(1, fovy=fovy, distance=distance.item()), 201, 201)
     hit = rays.image(sphere_bounds(*rays.flat(), 0.5)[2][..., None].float())[0, 0, 0]
-    assert hit[100, 100] and hit[1, 100] and hit[100, 1] and not hit[0, 0]  # all but the outermost row of pixels
+    assert (
+        hit[100, 100] and hit[1, 100] and hit[100, 1] and not hit[0, 0]
+    )  # all but the outermost row of pixels
 
 
 def test_the_release_s_evaluation_orbits():
     test, val = orbit(120, 15, 70, 1.2, endpoint=True), orbit(30, 15, 70, 1.5)
-    assert test.azimuth[0, -1] == 360 and torch.allclose(test.c2w()[0, 0], test.c2w()[0, -1], atol=1e-5)
+    assert test.azimuth[0, -1] == 360 and torch.allclose(
+        test.c2w()[0, 0], test.c2w()[0, -1], atol=1e-5
+    )
     assert val.azimuth[0, -1] == 348
     assert orbit(1, endpoint=True).azimuth.tolist() == [[0.0]]
 
 
-@pytest.mark.parametrize("wrong", [
-    lambda: FramedCameras(elevation=(0.0, 91.0)),
-    lambda: FramedCameras(object_radius=0.0),
-    lambda: SingleCameras(distance=(0.0, 1.0)),
-    lambda: RigCameras(fovy=(60.0, 15.0)),
-    lambda: orbit(4, elevation=100.0),
-    lambda: orbit(4, fovy=0.0),
-    lambda: orbit(4, distance=0.0),
-    lambda: sample_cameras(FramedCameras(), 0, 1, generator(0)),
-    lambda: camera_rays(some_cameras(1, 1), 4, 0),
-])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        lambda: FramedCameras(elevation=(0.0, 91.0)),
+        lambda: FramedCameras(object_radius=0.0),
+        lambda: SingleCameras(distance=(0.0, 1.0)),
+        lambda: RigCameras(fovy=(60.0, 15.0)),
+        lambda: orbit(4, elevation=100.0),
+        lambda: orbit(4, fovy=0.0),
+        lambda: orbit(4, distance=0.0),
+        lambda: sample_cameras(FramedCameras(), 0, 1, make_rng(0)),
+        lambda: camera_rays(some_cameras(1, 1), 4, 0),
+    ],
+)
 def test_refusals(wrong):
     with pytest.raises(UsageError):
         wrong()

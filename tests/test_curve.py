@@ -9,35 +9,30 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from scaledreamer.core.settings import RunError, UsageError
-from scaledreamer.core.tensors import generator
-from scaledreamer.curve.error import ErrorCurve, check_timesteps
-from scaledreamer.curve.images import (
+from scaledreamer.core.tensors import make_rng
+from scaledreamer.noise_error.error import ErrorCurve, check_timesteps
+from scaledreamer.noise_error.image_sources import (
     FIG1,
     CurveProtocol,
     PriorSamples,
     ToyboxRenders,
     ddim,
 )
-from scaledreamer.curve.measure import (
-    ImageBatch,
-    measure_curve,
-    read_partial,
-    stream_errors,
-)
-from scaledreamer.curve.shift import (
+from scaledreamer.noise_error.measure import ImageBatch, measure_curve, read_partial, stream_errors
+from scaledreamer.noise_error.solved_shift import (
     constant_length,
     eq3_table,
     errors_at,
     exactly,
-    fit_laws,
-    law_range,
+    fit_schedules,
+    schedule_range,
     linear_length,
-    shift_figure,
+    plot_shift,
     solve_shift,
     sqrt_length,
     up_to,
 )
-from scaledreamer.distill.timesteps import shifted
+from scaledreamer.distill.shift import shifted
 from scaledreamer.prior.clip_text import TextCache
 from scaledreamer.prior.mixture import MixturePrior
 from scaledreamer.prior.pipelines import random_pipeline
@@ -46,7 +41,13 @@ from scaledreamer.prior.toybox_mixture import toybox_mixture
 from scaledreamer.toybox.captions import TOYBOX_15
 from worlds import DOUBLE, draw
 
-PRIOR = MixturePrior({"a": torch.tensor([[1.0, -2.0], [0.0, 1.0]], dtype=DOUBLE), "b": torch.tensor([[0.0, 3.0]], dtype=DOUBLE)}, std=0.4)
+PRIOR = MixturePrior(
+    {
+        "a": torch.tensor([[1.0, -2.0], [0.0, 1.0]], dtype=DOUBLE),
+        "b": torch.tensor([[0.0, 3.0]], dtype=DOUBLE),
+    },
+    std=0.4,
+)
 TIMES = torch.tensor([0, 150, 320, 550, 700, 930, 999])
 
 
@@ -61,7 +62,9 @@ WHOLE = measure_curve(PRIOR, IMAGES, TIMES, show=False)
 def small_sd(seed=0, kind="epsilon"):
     torch.manual_seed(seed)
     pipe = random_pipeline(kind)
-    return StableDiffusionPrior(pipe.unet, pipe.vae, TextCache(pipe.tokenizer, pipe.text_encoder), pipe.scheduler)
+    return StableDiffusionPrior(
+        pipe.unet, pipe.vae, TextCache(pipe.tokenizer, pipe.text_encoder), pipe.scheduler
+    )
 
 
 # the curve and its file ---------------------------------------------------------------------------------------------------------
@@ -81,7 +84,9 @@ def test_a_file_gives_the_curve_back(tmp_path, n, dtype):
     if n == 1:
         assert stored["error_low"] is None and stored["error_high"] is None
     else:
-        assert [stored["error_low"], stored["error_high"]] == [edge.tolist() for edge in curve.band()]
+        assert [stored["error_low"], stored["error_high"]] == [
+            edge.tolist() for edge in curve.band()
+        ]
 
 
 def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
@@ -104,8 +109,15 @@ def test_what_is_no_curve(tmp_path, content):
 def test_the_band_is_students():
     errors = torch.tensor([[1.0, 5.0], [2.0, 5.0], [6.0, 5.0]], dtype=DOUBLE)
     low, high = ErrorCurve(TIMES[:2], errors, "", ("",) * 3).band(0.9)
-    half = 2.919986 * (7 / 3) ** 0.5  # t quantile .95 at 2 degrees of freedom; variance 7 over 3 images
-    torch.testing.assert_close(torch.stack([low, high]), torch.tensor([[max(0, 3 - half), 5], [3 + half, 5]], dtype=DOUBLE), atol=1e-5, rtol=0)
+    half = (
+        2.919986 * (7 / 3) ** 0.5
+    )  # t quantile .95 at 2 degrees of freedom; variance 7 over 3 images
+    torch.testing.assert_close(
+        torch.stack([low, high]),
+        torch.tensor([[max(0, 3 - half), 5], [3 + half, 5]], dtype=DOUBLE),
+        atol=1e-5,
+        rtol=0,
+    )
 
 
 @given(st.integers(2, 30), st.sampled_from([0.5, 0.9, 0.99]))
@@ -113,7 +125,12 @@ def test_the_band_is_students():
 def test_a_wider_level_is_a_wider_band(n, level):
     curve = ErrorCurve(TIMES, WHOLE.errors[:n], "", WHOLE.texts[:n])
     (low, high), (lower, higher) = curve.band(level), curve.band(0.999)
-    assert (lower <= low).all() and (low <= curve.mean).all() and (curve.mean <= high).all() and (high <= higher).all()
+    assert (
+        (lower <= low).all()
+        and (low <= curve.mean).all()
+        and (curve.mean <= high).all()
+        and (high <= higher).all()
+    )
 
 
 # measuring ----------------------------------------------------------------------------------------------------------------------
@@ -132,8 +149,14 @@ def test_rows_and_beginning_change_nothing(rows, first, guidance):
         rows += 1
     found = list(stream_errors(PRIOR, IMAGES, TIMES, predict, guidance, rows=rows, first=first))
     assert [i for i, *_ in found] == list(range(first, 40)) and max(calls) <= rows
-    wanted = WHOLE.errors if guidance != 3.0 else measure_curve(PRIOR, IMAGES, TIMES, guidance=3.0, show=False).errors
-    torch.testing.assert_close(torch.stack([errors for *_, errors in found]), wanted[first:], atol=1e-12, rtol=1e-9)
+    wanted = (
+        WHOLE.errors
+        if guidance != 3.0
+        else measure_curve(PRIOR, IMAGES, TIMES, guidance=3.0, show=False).errors
+    )
+    torch.testing.assert_close(
+        torch.stack([errors for *_, errors in found]), wanted[first:], atol=1e-12, rtol=1e-9
+    )
 
 
 def test_the_noise_belongs_to_the_number():
@@ -145,31 +168,39 @@ def test_the_noise_belongs_to_the_number():
 
 
 def test_a_network_in_any_batch():
-    prior, rgb = small_sd(), torch.rand(5, 3, 24, 24, generator=generator(1))
+    prior, rgb = small_sd(), torch.rand(5, 3, 24, 24, generator=make_rng(1))
     images = ImageBatch(rgb, ("a red ball", "a blue cube", "", "a ball", "a red cube"))
-    curves = [measure_curve(prior, images, [3, 500, 990], guidance=2.0, rows=rows, show=False).errors for rows in (2, 7, 100)]
+    curves = [
+        measure_curve(prior, images, [3, 500, 990], guidance=2.0, rows=rows, show=False).errors
+        for rows in (2, 7, 100)
+    ]
     torch.testing.assert_close(curves[0], curves[1], atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(curves[0], curves[2], atol=1e-5, rtol=1e-4)
     latents = ImageBatch(prior.encode_image(rgb), images.texts, latents=True)
-    torch.testing.assert_close(measure_curve(prior, latents, [3, 500, 990], guidance=2.0, show=False).errors, curves[0], atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(
+        measure_curve(prior, latents, [3, 500, 990], guidance=2.0, show=False).errors,
+        curves[0],
+        atol=1e-5,
+        rtol=1e-4,
+    )
 
 
 def test_images_are_asked_for_in_small_blocks_and_late():
     class Source:
         def __init__(self):
-            self.asked = []
+            self.latest = []
 
         def __len__(self):
             return 10_000
 
         def __getitem__(self, rows):
-            self.asked.append((rows.start, rows.stop))
+            self.latest.append((rows.start, rows.stop))
             return batch(rows.stop - rows.start, seed=rows.start)
 
     source = Source()
     stream = stream_errors(PRIOR, source, torch.arange(0, 1000, 10), rows=50)
     assert [next(stream)[0] for _ in range(40)] == list(range(40))
-    assert source.asked == [(0, 16), (16, 32), (32, 48)]
+    assert source.latest == [(0, 16), (16, 32), (32, 48)]
 
 
 def test_no_graph_and_the_camera_comes_along():
@@ -179,7 +210,12 @@ def test_no_graph_and_the_camera_comes_along():
         seen.append((t.tolist(), camera[:, 0].tolist()))
         return weight * x_t
 
-    images = ImageBatch(IMAGES.images[:2].clone().requires_grad_(), IMAGES.texts[:2], True, torch.arange(32.0).view(2, 16))
+    images = ImageBatch(
+        IMAGES.images[:2].clone().requires_grad_(),
+        IMAGES.texts[:2],
+        True,
+        torch.arange(32.0).view(2, 16),
+    )
     rows = [errors for *_, errors in stream_errors(PRIOR, images, [10, 20], predict, rows=3)]
     assert not any(errors.requires_grad for errors in rows)
     assert seen == [([10, 20], [0, 0]), ([10, 20], [16, 16])]
@@ -196,7 +232,11 @@ def test_the_prior_of_the_images_errs_least():
     data = means[torch.arange(600) % 2] + 0.4 * draw(600, 2, seed=5)
     images = ImageBatch(data, ("a",) * 600, latents=True)
     right = measure_curve(PRIOR, images, TIMES, rows=5000, show=False)
-    for wrong in (MixturePrior({"a": means[:2]}, 0.25), MixturePrior({"a": means[:2] + 0.3}, 0.4), MixturePrior({"a": means[:1]}, 0.4)):
+    for wrong in (
+        MixturePrior({"a": means[:2]}, 0.25),
+        MixturePrior({"a": means[:2] + 0.3}, 0.4),
+        MixturePrior({"a": means[:1]}, 0.4),
+    ):
         gap = measure_curve(wrong, images, TIMES, rows=5000, show=False).errors - right.errors
         assert (gap.mean(0) > -3 * gap.std(0) / 600**0.5).all() and gap.mean() > 0
 
@@ -216,11 +256,15 @@ def test_ctrl_c_keeps_what_is_finished(tmp_path, stop):
     head, kept = read_partial(path)
     assert len(kept) == 4 * stop and head["images"] == 40  # four images a call
     assert [errors for _, errors in kept] == WHOLE.errors[: len(kept)].tolist()
-    assert torch.equal(measure_curve(PRIOR, IMAGES, TIMES, partial=path, show=False, rows=28).errors, WHOLE.errors)
+    assert torch.equal(
+        measure_curve(PRIOR, IMAGES, TIMES, partial=path, show=False, rows=28).errors, WHOLE.errors
+    )
 
 
 @given(st.floats(0, 1))
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 def test_a_file_cut_anywhere_below_its_first_line(tmp_path, place):
     path = tmp_path / "partial.jsonl"
     path.unlink(missing_ok=True)
@@ -228,7 +272,9 @@ def test_a_file_cut_anywhere_below_its_first_line(tmp_path, place):
     content = path.read_bytes()
     head = content.index(b"\n") + 1
     path.write_bytes(content[: head + int(place * (len(content) - head))])
-    assert torch.equal(measure_curve(PRIOR, IMAGES, TIMES, partial=path, show=False).errors, WHOLE.errors)
+    assert torch.equal(
+        measure_curve(PRIOR, IMAGES, TIMES, partial=path, show=False).errors, WHOLE.errors
+    )
     assert path.read_bytes() == content
 
 
@@ -258,12 +304,18 @@ def test_what_is_not_finite_stops_with_image_and_t(tmp_path, value):
     rows = []  # (image, t) pairs come in order
 
     def predict(x_t, t, tokens):
-        eps, numbers = PRIOR.predict_noise(x_t, t, tokens), torch.arange(len(rows), len(rows) + len(t))
+        eps, numbers = (
+            PRIOR.predict_noise(x_t, t, tokens),
+            torch.arange(len(rows), len(rows) + len(t)),
+        )
         rows.extend(t.tolist())
         return torch.where(((numbers % (40 * 7)) == 17 * 7 + 3)[:, None], value, eps)
 
     path = tmp_path / "partial.jsonl"
-    with pytest.raises(RunError, match=rf"image 17 \('b'\) at t = 550 is not finite; the 17 images before it are kept in .*{path.name}"):
+    with pytest.raises(
+        RunError,
+        match=rf"image 17 \('b'\) at t = 550 is not finite; the 17 images before it are kept in .*{path.name}",
+    ):
         measure_curve(PRIOR, IMAGES, TIMES, partial=path, predict=predict, show=False)
     assert len(read_partial(path)[1]) == 17
     rows.clear()
@@ -276,14 +328,31 @@ def test_what_is_not_finite_stops_with_image_and_t(tmp_path, value):
     [
         (lambda: measure_curve(PRIOR, IMAGES[:0], TIMES, show=False), "0 images"),
         (lambda: measure_curve(PRIOR, IMAGES, TIMES, rows=0, show=False), "0 rows a call"),
-        (lambda: measure_curve(PRIOR, IMAGES, TIMES, rows=1, guidance=2.0, show=False), "1 rows a call"),
-        (lambda: check_timesteps(PRIOR, [-1, 3]), r"\[-1, 3\]: expected rising integers from 0 to 999"),
+        (
+            lambda: measure_curve(PRIOR, IMAGES, TIMES, rows=1, guidance=2.0, show=False),
+            "1 rows a call",
+        ),
+        (
+            lambda: check_timesteps(PRIOR, [-1, 3]),
+            r"\[-1, 3\]: expected rising integers from 0 to 999",
+        ),
         (lambda: check_timesteps(PRIOR, []), r"timesteps are \[\]"),
         (lambda: check_timesteps(PRIOR, [3, 3]), r"timesteps are \[3, 3\]"),
         (lambda: check_timesteps(PRIOR, torch.tensor([3, 1000])), "expected rising integers"),
-        (lambda: measure_curve(PRIOR, ImageBatch(draw(1, 3), ("a",), True), TIMES, show=False), r"latents are \[3\], the prior's are \[2\]"),
-        (lambda: measure_curve(PRIOR, ImageBatch(torch.rand(1, 3, 4, 4), ("a",)), TIMES, show=False), "give it latents"),
-        (lambda: measure_curve(PRIOR, ImageBatch(draw(1, 2), ("c",), True), TIMES, show=False), "the mixture knows no 'c'"),
+        (
+            lambda: measure_curve(PRIOR, ImageBatch(draw(1, 3), ("a",), True), TIMES, show=False),
+            r"latents are \[3\], the prior's are \[2\]",
+        ),
+        (
+            lambda: measure_curve(
+                PRIOR, ImageBatch(torch.rand(1, 3, 4, 4), ("a",)), TIMES, show=False
+            ),
+            "give it latents",
+        ),
+        (
+            lambda: measure_curve(PRIOR, ImageBatch(draw(1, 2), ("c",), True), TIMES, show=False),
+            "the mixture knows no 'c'",
+        ),
         (lambda: ErrorCurve(TIMES, WHOLE.errors * torch.nan, "", WHOLE.texts), "finite errors"),
         (lambda: WHOLE.band(1.0), "level 1.0"),
         (lambda: CurveProtocol(("a",), 1, 0).timesteps(), "0 timesteps"),
@@ -312,9 +381,20 @@ def test_renders_depend_on_number_and_seed(views):
     for rows in (slice(4, 5), slice(2, 7), slice(8, 9)):
         part = renders[rows]
         assert torch.equal(part.images, whole.images[rows]) and part.texts == whole.texts[rows]
-    assert [text.partition(",")[0] for text in whole.texts] == ["a red car", "a blue cube", "a green mug"] * 3
-    assert len({image.numpy().tobytes() for image in whole.images}) == 9 and 0 <= whole.images.min() and whole.images.max() <= 1
-    assert ToyboxRenders(renders.prompts, 3, 16, seed=1, views=views).text(0) != renders.text(0) or views == "words"
+    assert [text.partition(",")[0] for text in whole.texts] == [
+        "a red car",
+        "a blue cube",
+        "a green mug",
+    ] * 3
+    assert (
+        len({image.numpy().tobytes() for image in whole.images}) == 9
+        and 0 <= whole.images.min()
+        and whole.images.max() <= 1
+    )
+    assert (
+        ToyboxRenders(renders.prompts, 3, 16, seed=1, views=views).text(0) != renders.text(0)
+        or views == "words"
+    )
 
 
 def test_backgrounds_are_of_three_kinds():
@@ -335,19 +415,30 @@ def test_renders_are_what_the_exact_prior_expects():
 
 def test_samples_depend_on_number_and_seed():
     prior = small_sd()
-    samples = PriorSamples(prior, ("a red ball", "a cube", "", "a blue ball"), guidance=2.0, steps=3)
+    samples = PriorSamples(
+        prior, ("a red ball", "a cube", "", "a blue ball"), guidance=2.0, steps=3
+    )
     whole = samples[0:4]
     torch.testing.assert_close(samples[1:3].images, whole.images[1:3], atol=1e-4, rtol=1e-4)
     assert whole.latents and whole.texts == samples.texts and len(samples) == 4
-    assert not torch.allclose(PriorSamples(prior, samples.texts, 2.0, 3, seed=1)[0:4].images, whole.images, atol=0.1)
+    assert not torch.allclose(
+        PriorSamples(prior, samples.texts, 2.0, 3, seed=1)[0:4].images, whole.images, atol=0.1
+    )
 
 
 def test_ddim_knows_when_guidance_asks_nothing():
     noise = draw(6, 2)
     plain = ddim(PRIOR, list("ababab"), noise, steps=8)
-    torch.testing.assert_close(ddim(PRIOR, list("ababab"), noise, guidance=1.0 + 1e-12, steps=8), plain, atol=1e-8, rtol=1e-8)
+    torch.testing.assert_close(
+        ddim(PRIOR, list("ababab"), noise, guidance=1.0 + 1e-12, steps=8),
+        plain,
+        atol=1e-8,
+        rtol=1e-8,
+    )
     for i in range(6):
-        torch.testing.assert_close(ddim(PRIOR, ["ababab"[i]], noise[i : i + 1], steps=8)[0], plain[i], atol=1e-9, rtol=1e-9)
+        torch.testing.assert_close(
+            ddim(PRIOR, ["ababab"[i]], noise[i : i + 1], steps=8)[0], plain[i], atol=1e-9, rtol=1e-9
+        )
 
 
 def test_ddim_draws_the_data():
@@ -356,10 +447,14 @@ def test_ddim_draws_the_data():
     prior = MixturePrior({"x": means}, 0.3, {"x": torch.tensor([0.25, 0.75], dtype=DOUBLE)})
     samples = ddim(prior, ["x"] * 1500, draw(1500, 2, seed=3), steps=100)
     right = samples[:, 0] > 0
-    assert abs(right.double().mean() - 0.75) < 4 * (0.75 * 0.25 / 1500) ** 0.5 + 0.01  # and what the start N(0, I) is off
+    assert (
+        abs(right.double().mean() - 0.75) < 4 * (0.75 * 0.25 / 1500) ** 0.5 + 0.01
+    )  # and what the start N(0, I) is off
     for mode, mean in ((~right, means[0]), (right, means[1])):
         torch.testing.assert_close(samples[mode].mean(0), mean, atol=0.06, rtol=0)
-        torch.testing.assert_close(samples[mode].std(0), torch.full((2,), 0.3, dtype=DOUBLE), atol=0.03, rtol=0)
+        torch.testing.assert_close(
+            samples[mode].std(0), torch.full((2,), 0.3, dtype=DOUBLE), atol=0.03, rtol=0
+        )
 
 
 # the shift ----------------------------------------------------------------------------------------------------------------------
@@ -368,23 +463,32 @@ GRID = torch.arange(5, 1000, 10)
 
 
 def falling(n=30, k=100, seed=0, noise=0.0):
-    scale = 1 + 0.3 * torch.rand(n, 1, generator=generator(seed), dtype=DOUBLE)
+    scale = 1 + 0.3 * torch.rand(n, 1, generator=make_rng(seed), dtype=DOUBLE)
     line = (-torch.linspace(-4, 5, k, dtype=DOUBLE)).sigmoid()
-    return ErrorCurve(GRID[:k], scale * line * (1 + noise * draw(n, k, seed=seed + 1)).abs(), "e_PT", ("x",) * n)
+    return ErrorCurve(
+        GRID[:k], scale * line * (1 + noise * draw(n, k, seed=seed + 1)).abs(), "e_PT", ("x",) * n
+    )
 
 
 @given(st.floats(0, 0.5), st.floats(0, 60), st.floats(0, 3))
 @settings(max_examples=40, deadline=None)
 def test_a_known_law_is_recovered(linear, constant, root):
     base = falling()
-    law = linear * GRID.double() + constant + root * GRID.double().sqrt()
-    known = GRID + law <= 995
-    tuned = ErrorCurve(GRID, errors_at(base, (GRID + law).clamp(max=995)) * torch.where(known, 1, 0.5), "e_FT", base.texts)
+    shift_schedule = linear * GRID.double() + constant + root * GRID.double().sqrt()
+    known = GRID + shift_schedule <= 995
+    tuned = ErrorCurve(
+        GRID,
+        errors_at(base, (GRID + shift_schedule).clamp(max=995)) * torch.where(known, 1, 0.5),
+        "e_FT",
+        base.texts,
+    )
     solved = solve_shift(base, tuned, draws=5)
-    torch.testing.assert_close(solved.shift[known], law[known], atol=1e-6, rtol=0)
+    torch.testing.assert_close(solved.shift[known], shift_schedule[known], atol=1e-6, rtol=0)
     assert torch.equal(solved.solved, known) and (solved.side[~known] == 1).all()
     assert torch.equal(solved.shift[~known], 999 - GRID[~known].double())
-    torch.testing.assert_close(solved.low[known], law[known], atol=1e-6, rtol=0)  # errors are in proportion, so every resampling has the same shift
+    torch.testing.assert_close(
+        solved.low[known], shift_schedule[known], atol=1e-6, rtol=0
+    )  # errors are in proportion, so every resampling has the same shift
 
 
 def test_the_solution_solves():
@@ -395,9 +499,15 @@ def test_the_solution_solves():
     at = GRID[solved.solved] + solved.shift[solved.solved]
     falls = (base.mean.diff() < 0).all()
     assert falls, "the noise of this test is too strong"
-    torch.testing.assert_close(errors_at(base, at).mean(0), tuned.mean[solved.solved], atol=1e-9, rtol=1e-6)
-    assert (solved.low <= solved.shift + 1e-6).double().mean() > 0.95 and (solved.high >= solved.shift - 1e-6).double().mean() > 0.95
-    assert ((0 <= solved.low) & (solved.high <= 999 - GRID)).all() and ((0 <= solved.share) & (solved.share <= 1)).all()
+    torch.testing.assert_close(
+        errors_at(base, at).mean(0), tuned.mean[solved.solved], atol=1e-9, rtol=1e-6
+    )
+    assert (solved.low <= solved.shift + 1e-6).double().mean() > 0.95 and (
+        solved.high >= solved.shift - 1e-6
+    ).double().mean() > 0.95
+    assert ((0 <= solved.low) & (solved.high <= 999 - GRID)).all() and (
+        (0 <= solved.share) & (solved.share <= 1)
+    ).all()
 
 
 def test_a_worse_curve_has_no_shift():
@@ -405,7 +515,7 @@ def test_a_worse_curve_has_no_shift():
     solved = solve_shift(base, ErrorCurve(GRID, 1.1 * base.errors, "worse", base.texts), draws=5)
     assert (solved.side == -1).all() and (solved.shift == 0).all() and (solved.share == 0).all()
     with pytest.raises(RunError, match="has no solution at any t"):
-        fit_laws(solved, {"paper": up_to(linear_length())})
+        fit_schedules(solved, {"paper": up_to(linear_length())})
 
 
 def test_the_interval_holds_the_shift():
@@ -429,16 +539,28 @@ def test_pairing_narrows_the_interval():
     "What is hard for one is hard for the other: resampled together, the difference is known better than either."
     skill = 1 + 0.4 * draw(60, 1).clamp(-2, 2)
     line = torch.linspace(1, 0.2, 40, dtype=DOUBLE)
-    pre, post = (ErrorCurve(GRID[:40], skill * values, name, ("x",) * 60) for values, name in ((line, "pt"), (0.9 * line, "ft")))
+    pre, post = (
+        ErrorCurve(GRID[:40], skill * values, name, ("x",) * 60)
+        for values, name in ((line, "pt"), (0.9 * line, "ft"))
+    )
     mixed = ErrorCurve(GRID[:40], post.errors.roll(1, 0), "ft", post.texts)
-    widths = [(s.high - s.low)[5:25].mean() for s in (solve_shift(pre, post), solve_shift(pre, mixed))]
+    widths = [
+        (s.high - s.low)[5:25].mean() for s in (solve_shift(pre, post), solve_shift(pre, mixed))
+    ]
     assert widths[0] < widths[1] / 5
 
 
 def test_the_seed_decides():
-    base, tuned = falling(noise=0.1), ErrorCurve(GRID, 0.8 * falling(seed=3, noise=0.1).errors, "ft", ("x",) * 30)
+    base, tuned = (
+        falling(noise=0.1),
+        ErrorCurve(GRID, 0.8 * falling(seed=3, noise=0.1).errors, "ft", ("x",) * 30),
+    )
     one, same, other = (solve_shift(base, tuned, seed=seed) for seed in (0, 0, 1))
-    assert torch.equal(one.low, same.low) and not torch.equal(one.low, other.low) and torch.equal(one.shift, other.shift)
+    assert (
+        torch.equal(one.low, same.low)
+        and not torch.equal(one.low, other.low)
+        and torch.equal(one.shift, other.shift)
+    )
 
 
 def test_eq3_by_counting():
@@ -446,17 +568,24 @@ def test_eq3_by_counting():
     table = eq3_table(curve, [15, 405, 700], [0, 10, 50])
     for i, t in enumerate((15, 405, 700)):
         for j, dt in enumerate((0, 10, 50)):
-            now, later = ([float(np.interp(at, GRID, row)) for row in curve.errors] for at in (t, t + dt))
+            now, later = (
+                [float(np.interp(at, GRID, row)) for row in curve.errors] for at in (t, t + dt)
+            )
             assert table[i, j] == sum(b <= a for a, b in zip(now, later)) / 11
     assert torch.equal(errors_at(curve, GRID.double()), curve.errors)
 
 
-@given(st.floats(0, 1), st.integers(0, 500), st.lists(st.integers(0, 999), min_size=1, max_size=8), st.floats(0, 1))
+@given(
+    st.floats(0, 1),
+    st.integers(0, 500),
+    st.lists(st.integers(0, 999), min_size=1, max_size=8),
+    st.floats(0, 1),
+)
 @settings(max_examples=80, deadline=None)
 def test_the_laws_are_those_of_training(eta, t_min, times, place):
     "Training's shift is a place in our range, cut to an integer in float32 and kept off 0."
     t = torch.tensor(times)
-    low, high = law_range(up_to(linear_length(eta, t_min)), t.double())
+    low, high = schedule_range(up_to(linear_length(eta, t_min)), t.double())
     ours = t + low + place * (high - low)
     assert ((shifted(t, t_min, 999, eta, place) - ours).abs() <= 1 + 1e-3).all()
     exact = exactly(linear_length(eta, t_min))(t.double())
@@ -466,25 +595,46 @@ def test_the_laws_are_those_of_training(eta, t_min, times, place):
 def test_every_law_stays_in_the_schedule():
     t = torch.arange(1000, dtype=DOUBLE)
     for length in (linear_length(1.0), sqrt_length(1.0), constant_length(999), lambda t: 5 * t):
-        for law in (up_to(length), exactly(length)):
-            law_range(law, t)
+        for shift_schedule in (up_to(length), exactly(length)):
+            schedule_range(shift_schedule, t)
     torch.testing.assert_close(sqrt_length(0.3)(t[-1:]), linear_length(0.3)(t[-1:]))
     assert (sqrt_length(0.3)(t[21:-1]) > linear_length(0.3)(t[21:-1])).all()
 
 
 def test_fits_by_hand():
     base = falling()
-    law = torch.full((100,), 30.0, dtype=DOUBLE)
-    tuned = ErrorCurve(GRID, errors_at(base, (GRID + law).clamp(max=995)) * torch.where(GRID + law <= 995, 1, 0.5), "ft", base.texts)
+    shift_schedule = torch.full((100,), 30.0, dtype=DOUBLE)
+    tuned = ErrorCurve(
+        GRID,
+        errors_at(base, (GRID + shift_schedule).clamp(max=995))
+        * torch.where(GRID + shift_schedule <= 995, 1, 0.5),
+        "ft",
+        base.texts,
+    )
     solved = solve_shift(base, tuned, draws=5)
-    fits = fit_laws(solved, {"paper": up_to(linear_length(0.1, 5)), "right": exactly(constant_length(30)), "near": exactly(constant_length(32)), "own": lambda t: (0 * t + 20, 0 * t + 34)})
+    fits = fit_schedules(
+        solved,
+        {
+            "paper": up_to(linear_length(0.1, 5)),
+            "right": exactly(constant_length(30)),
+            "near": exactly(constant_length(32)),
+            "own": lambda t: (0 * t + 20, 0 * t + 34),
+        },
+    )
     t = GRID[solved.solved].double()
-    assert fits["paper"].inside == pytest.approx(float((0.1 * (t - 5) >= 29.5).double().mean())) and fits["paper"].count == 97
-    assert fits["paper"].distance == pytest.approx(float((torch.minimum(0.1 * (t - 5), 999 - t) / 2 - 30).abs().mean()))
+    assert (
+        fits["paper"].inside == pytest.approx(float((0.1 * (t - 5) >= 29.5).double().mean()))
+        and fits["paper"].count == 97
+    )
+    assert fits["paper"].distance == pytest.approx(
+        float((torch.minimum(0.1 * (t - 5), 999 - t) / 2 - 30).abs().mean())
+    )
     assert (fits["right"].inside, fits["right"].meets, fits["near"].inside) == (1, 1, 0)
-    assert fits["right"].distance == pytest.approx(0, abs=1e-6) and fits["near"].distance == pytest.approx(2, abs=1e-6)
+    assert fits["right"].distance == pytest.approx(0, abs=1e-6) and fits[
+        "near"
+    ].distance == pytest.approx(2, abs=1e-6)
     assert fits["own"].inside == 1 and fits["own"].distance == pytest.approx(3, abs=1e-6)
-    axis = shift_figure(solved, {"paper": up_to(linear_length())}).axes[0]
+    axis = plot_shift(solved, {"paper": up_to(linear_length())}).axes[0]
     assert [line.get_label() for line in axis.get_lines()] == ["solved", "paper"]
 
 
@@ -495,11 +645,26 @@ def test_fits_by_hand():
         (lambda: sqrt_length(1.1), "eta is 1.1"),
         (lambda: constant_length(-1), "a constant shift of -1 leaves the schedule"),
         (lambda: constant_length(1000), "expected 0 to 999"),
-        (lambda: law_range(lambda t: (0 * t, 0 * t + 50), torch.tensor([960.0])), r"dt from \[0, 50\] at t = 960"),
-        (lambda: law_range(lambda t: (0 * t - 1, 0 * t), torch.tensor([9.0])), r"dt from \[-1, 0\] at t = 9"),
-        (lambda: law_range(lambda t: (0 * t + 2, 0 * t + 1), torch.tensor([9.0])), r"dt from \[2, 1\]"),
-        (lambda: law_range(lambda t: (0 * t, t * torch.nan), torch.tensor([9.0])), r"dt from \[0, nan\]"),
-        (lambda: eq3_table(falling(), [4], [0]), "t = 4 lies outside the curve 'e_PT', which goes from 5 to 995"),
+        (
+            lambda: schedule_range(lambda t: (0 * t, 0 * t + 50), torch.tensor([960.0])),
+            r"dt from \[0, 50\] at t = 960",
+        ),
+        (
+            lambda: schedule_range(lambda t: (0 * t - 1, 0 * t), torch.tensor([9.0])),
+            r"dt from \[-1, 0\] at t = 9",
+        ),
+        (
+            lambda: schedule_range(lambda t: (0 * t + 2, 0 * t + 1), torch.tensor([9.0])),
+            r"dt from \[2, 1\]",
+        ),
+        (
+            lambda: schedule_range(lambda t: (0 * t, t * torch.nan), torch.tensor([9.0])),
+            r"dt from \[0, nan\]",
+        ),
+        (
+            lambda: eq3_table(falling(), [4], [0]),
+            "t = 4 lies outside the curve 'e_PT', which goes from 5 to 995",
+        ),
         (lambda: eq3_table(falling(), [900], [96]), "t = 996 lies outside"),
         (lambda: eq3_table(falling(), [900], [-1]), "a shift of -1"),
         (lambda: solve_shift(falling(), falling(k=50)), "expected the same, at least two"),

@@ -11,13 +11,24 @@ from safetensors.torch import save_file
 
 from scaledreamer.camera.poses import orbit
 from scaledreamer.core.settings import RunError, UsageError
-from scaledreamer.core.tensors import generator, seed_everything
+from scaledreamer.core.tensors import make_rng, seed_everything
 from scaledreamer.eval import clip as clip_room
 from scaledreamer.eval.clip import ClipScorer, cosines, recall, recall_by_object, similarity
-from scaledreamer.eval.report import TRUTH_FIGURES, evaluate_scenes, summarise
-from scaledreamer.eval.truth import ToyScene, chamfer, field_grid, occupancy, silhouette_iou, solid_field, surface_points, truth_of, volume_iou, volume_iou_aligned
+from scaledreamer.eval.report import TRUTH_METRICS, evaluate_scenes, summarise
+from scaledreamer.eval.truth import (
+    ToyScene,
+    chamfer,
+    field_grid,
+    occupancy,
+    silhouette_iou,
+    solid_field,
+    surface_points,
+    truth_of,
+    volume_iou,
+    volume_iou_aligned,
+)
 from scaledreamer.field.scene import FogScene, SphereScene
-from scaledreamer.text.corpora import Prompt
+from scaledreamer.train.corpora import Prompt
 from scaledreamer.toybox.captions import TOYBOX_15, object_of
 from scaledreamer.toybox.renders import render_object
 
@@ -25,9 +36,20 @@ CONFIG = {
     "model_cfg": {
         "embed_dim": 96,
         "vision_cfg": {"image_size": 64, "layers": [1, 2, 2, 1], "width": 24},
-        "text_cfg": {"context_length": 24, "vocab_size": 49408, "width": 64, "heads": 4, "layers": 2},
+        "text_cfg": {
+            "context_length": 24,
+            "vocab_size": 49408,
+            "width": 64,
+            "heads": 4,
+            "layers": 2,
+        },
     },
-    "preprocess_cfg": {"mean": [0.5, 0.45, 0.4], "std": [0.25, 0.26, 0.27], "interpolation": "bilinear", "resize_mode": "squash"},
+    "preprocess_cfg": {
+        "mean": [0.5, 0.45, 0.4],
+        "std": [0.25, 0.26, 0.27],
+        "interpolation": "bilinear",
+        "resize_mode": "squash",
+    },
 }
 
 
@@ -36,7 +58,9 @@ def folder(tmp_path):
     "An untrained model as open_clip writes its own."
     seed_everything(0)
     sizes = CONFIG["model_cfg"]
-    model = CLIP(sizes["embed_dim"], CLIPVisionCfg(**sizes["vision_cfg"]), CLIPTextCfg(**sizes["text_cfg"]))
+    model = CLIP(
+        sizes["embed_dim"], CLIPVisionCfg(**sizes["vision_cfg"]), CLIPTextCfg(**sizes["text_cfg"])
+    )
     place = tmp_path / "untrained"
     place.mkdir()
     save_file(model.state_dict(), place / "open_clip_model.safetensors")
@@ -53,7 +77,7 @@ def ball(radius: float, center: tuple[float, float, float] = (0.0, 0.0, 0.0)):
 
 def test_a_batch_is_its_members_at_any_size_of_chunk(folder):
     scorer = ClipScorer.load(folder)
-    rgb = torch.rand(5, 3, 40, 40, generator=generator(0))
+    rgb = torch.rand(5, 3, 40, 40, generator=make_rng(0))
     texts = list(TOYBOX_15[:5])
     pictures, words = scorer.image_features(rgb), scorer.text_features(texts)
     scorer.chunk = 2
@@ -62,14 +86,16 @@ def test_a_batch_is_its_members_at_any_size_of_chunk(folder):
         (words, scorer.text_features(texts), [scorer.text_features([t]) for t in texts]),
     ):
         assert torch.allclose(features.norm(dim=-1), torch.ones(5), atol=1e-5)
-        assert torch.allclose(again, features, atol=1e-5) and torch.allclose(torch.cat(alone), features, atol=1e-5)
+        assert torch.allclose(again, features, atol=1e-5) and torch.allclose(
+            torch.cat(alone), features, atol=1e-5
+        )
         assert not features.requires_grad
     assert scorer.name == "untrained"
 
 
 def test_colours_outside_the_range_are_clamped(folder):
     scorer = ClipScorer.load(str(folder))
-    rgb = torch.rand(2, 3, 64, 64, generator=generator(1)) * 1.5 - 0.25
+    rgb = torch.rand(2, 3, 64, 64, generator=make_rng(1)) * 1.5 - 0.25
     assert torch.equal(scorer.image_features(rgb), scorer.image_features(rgb.clamp(0, 1)))
 
 
@@ -98,34 +124,55 @@ def test_models_that_cannot_be_loaded(folder, tmp_path, monkeypatch):
     weights.unlink()
     assert "it has no weights" in refusal(folder)
     assert "there is no such folder" in refusal(tmp_path / "nowhere")
-    assert refusal("ViT-L-14:mine").startswith("UsageError: CLIP model 'ViT-L-14:mine' is not known to open_clip: its weights are openai")
+    assert refusal("ViT-L-14:mine").startswith(
+        "UsageError: CLIP model 'ViT-L-14:mine' is not known to open_clip: its weights are openai"
+    )
     monkeypatch.setattr(clip_room, "files", lambda package: tmp_path)
     assert "install the package again" in refusal(None)
 
 
 def test_the_shipped_model_knows_the_truth():
     scorer, cameras = ClipScorer.load(), orbit(4)
-    rgb = torch.cat([render_object(object_of(t), cameras, 64).over(torch.ones(3)).permute(0, 3, 1, 2) for t in TOYBOX_15])
-    images, texts = scorer.image_features(rgb).unflatten(0, (15, 4)), scorer.text_features(list(TOYBOX_15))
+    rgb = torch.cat(
+        [
+            render_object(object_of(t), cameras, 64).over(torch.ones(3)).permute(0, 3, 1, 2)
+            for t in TOYBOX_15
+        ]
+    )
+    images, texts = (
+        scorer.image_features(rgb).unflatten(0, (15, 4)),
+        scorer.text_features(list(TOYBOX_15)),
+    )
     assert scorer.name == "tiny-clip"
-    assert recall(images, texts, texts, torch.arange(15)).float().mean() > 0.95 and recall_by_object(images, texts, texts, torch.arange(15)).all()
+    assert (
+        recall(images, texts, texts, torch.arange(15)).float().mean() > 0.95
+        and recall_by_object(images, texts, texts, torch.arange(15)).all()
+    )
 
 
 @pytest.mark.parametrize("seed", range(3))
 def test_recall_is_the_argmax_over_the_gallery(seed):
-    rng = generator(seed)
+    rng = make_rng(seed)
     unit = lambda *shape: torch.nn.functional.normalize(torch.randn(*shape, generator=rng), dim=-1)
     gallery, index = unit(30, 16), torch.randperm(30, generator=rng)[:8]
     texts = gallery[index]
-    images = torch.nn.functional.normalize(texts[:, None] + 0.5 * torch.randn(8, 11, 16, generator=rng), dim=-1)
+    images = torch.nn.functional.normalize(
+        texts[:, None] + 0.5 * torch.randn(8, 11, 16, generator=rng), dim=-1
+    )
     table = images @ gallery.T
     assert torch.equal(recall(images, texts, gallery, index), table.argmax(-1) == index[:, None])
-    assert torch.equal(recall_by_object(images, texts, gallery, index), table.mean(1).argmax(-1) == index)
-    assert similarity(images, texts) == pytest.approx(float(table.gather(2, index[:, None, None].expand(-1, 11, 1)).mean()), abs=1e-6)
+    assert torch.equal(
+        recall_by_object(images, texts, gallery, index), table.mean(1).argmax(-1) == index
+    )
+    assert similarity(images, texts) == pytest.approx(
+        float(table.gather(2, index[:, None, None].expand(-1, 11, 1)).mean()), abs=1e-6
+    )
     assert cosines(images, texts).shape == (8, 11)
     order = torch.randperm(30, generator=rng)
     place = order.argsort()[index]  # the same gallery, shuffled
-    assert torch.equal(recall(images, texts, gallery[order], place), recall(images, texts, gallery, index))
+    assert torch.equal(
+        recall(images, texts, gallery[order], place), recall(images, texts, gallery, index)
+    )
 
 
 # truth -----------------------------------------------------------------------------------------------------------------------
@@ -144,7 +191,9 @@ def test_alignment_finds_scale_and_height(scale, rise):
     pred = occupancy(toy.moved(scale, (0.0, 0.0, rise)).sdf, 40, 1.0)
     found = volume_iou_aligned(pred, truth, 1.0)
     assert found.iou > 0.96 and found.iou >= float(volume_iou(pred, truth < 0))
-    assert found.scale == pytest.approx(scale, rel=0.03) and found.rise == pytest.approx(rise, abs=0.02)
+    assert found.scale == pytest.approx(scale, rel=0.03) and found.rise == pytest.approx(
+        rise, abs=0.02
+    )
 
 
 def test_alignment_forgives_nothing_else():
@@ -171,7 +220,7 @@ def test_silhouettes():
 
 
 def test_every_way_to_ask_a_scene():
-    points = torch.rand(50, 3, generator=generator(2)) * 2 - 1
+    points = torch.rand(50, 3, generator=make_rng(2)) * 2 - 1
     pair = SphereScene(torch.tensor([0.5, 0.7]))
     by_hand = torch.stack([ball(0.5)(points), ball(0.7)(points)])
     assert torch.allclose(solid_field(pair, 2)(points), by_hand, atol=1e-6)
@@ -189,7 +238,9 @@ def test_only_the_grammar_has_a_truth():
 
 # report ----------------------------------------------------------------------------------------------------------------------
 
-PROMPTS = [Prompt(f"p{i}", text) for i, text in enumerate(("a red ball", "a blue house", "a corgi"))]
+PROMPTS = [
+    Prompt(f"p{i}", text) for i, text in enumerate(("a red ball", "a blue house", "a corgi"))
+]
 
 
 def scene_of(texts: list[str]) -> ToyScene:
@@ -200,39 +251,83 @@ def scene_of(texts: list[str]) -> ToyScene:
 def test_report_from_end_to_end(folder):
     scorer, told = ClipScorer.load(folder), []
     extra = {"toybox-800": ["a green ball", "a red ball"]}
-    result = evaluate_scenes(scene_of, PROMPTS, scorer, views=3, size=32, gallery=extra, progress=lambda *x: told.append(x), at_once=2)
+    result = evaluate_scenes(
+        scene_of,
+        PROMPTS,
+        scorer,
+        views=3,
+        size=32,
+        gallery=extra,
+        progress=lambda *x: told.append(x),
+        at_once=2,
+    )
     assert told == [(2, 3), (3, 3)]
     keys = "r_at_1 r_at_1_object sim volume_iou volume_iou_aligned silhouette_iou chamfer clip_model n_views gallery_size per_prompt"
     assert set(keys.split()) | {"r_at_1_toybox_800", "gallery_size_toybox_800"} <= set(result)
-    assert (result["clip_model"], result["n_views"], result["gallery_size"], result["gallery_size_toybox_800"]) == ("untrained", 3, 3, 4)
-    assert (result["volume_iou"], result["volume_iou_aligned"], result["chamfer"]) == (1.0, 1.0, 0.0)
-    assert 0.7 < result["silhouette_iou"] < 0.9  # the usual renderer's soft edge lies outside the exact outline
+    assert (
+        result["clip_model"],
+        result["n_views"],
+        result["gallery_size"],
+        result["gallery_size_toybox_800"],
+    ) == ("untrained", 3, 3, 4)
+    assert (result["volume_iou"], result["volume_iou_aligned"], result["chamfer"]) == (
+        1.0,
+        1.0,
+        0.0,
+    )
+    assert (
+        0.7 < result["silhouette_iou"] < 0.9
+    )  # the usual renderer's soft edge lies outside the exact outline
     rows = result["per_prompt"]
     assert [row["id"] for row in rows] == ["p0", "p1", "p2"]
-    assert all(row[name] is not None for row in rows[:2] for name in TRUTH_FIGURES) and all(rows[2][name] is None for name in TRUTH_FIGURES)
+    assert all(row[name] is not None for row in rows[:2] for name in TRUTH_METRICS) and all(
+        rows[2][name] is None for name in TRUTH_METRICS
+    )
     assert result["sim"] == pytest.approx(sum(row["sim"] for row in rows) / 3)
     assert json.loads(json.dumps(result, allow_nan=False)) == result
 
-    alone = evaluate_scenes(scene_of, PROMPTS[1:2], scorer, views=3, size=32, gallery={"own": [p.text for p in PROMPTS]} | extra, at_once=1)
+    alone = evaluate_scenes(
+        scene_of,
+        PROMPTS[1:2],
+        scorer,
+        views=3,
+        size=32,
+        gallery={"own": [p.text for p in PROMPTS]} | extra,
+        at_once=1,
+    )
     for name, value in alone["per_prompt"][0].items():
-        assert value == (rows[1][name] if isinstance(value, str) else pytest.approx(rows[1][name], abs=1e-5)), name
+        assert value == (
+            rows[1][name] if isinstance(value, str) else pytest.approx(rows[1][name], abs=1e-5)
+        ), name
 
 
 def test_an_empty_scene_has_marks_too(folder):
     empty = lambda texts: SphereScene(torch.tensor([0.01]), centers=torch.tensor([[5.0, 0.0, 0.0]]))
     result = evaluate_scenes(empty, PROMPTS[:1], ClipScorer.load(folder), views=2, size=16)
-    assert (result["volume_iou"], result["volume_iou_aligned"], result["silhouette_iou"], result["chamfer"]) == (0.0, 0.0, 0.0, None)
+    assert (
+        result["volume_iou"],
+        result["volume_iou_aligned"],
+        result["silhouette_iou"],
+        result["chamfer"],
+    ) == (0.0, 0.0, 0.0, None)
 
 
 def test_means_over_a_part():
-    rows = [{"id": "a", "text": "", "split": s, "sim": x, "chamfer": None} for s, x in (("train", 0.2), ("test", 0.4), ("test", 0.6))]
+    rows = [
+        {"id": "a", "text": "", "split": s, "sim": x, "chamfer": None}
+        for s, x in (("train", 0.2), ("test", 0.4), ("test", 0.6))
+    ]
     assert summarise(rows)["sim"] == pytest.approx(0.4) and summarise(rows)["chamfer"] is None
     assert summarise([row for row in rows if row["split"] == "test"])["sim"] == pytest.approx(0.5)
 
 
 def test_pictures_that_are_not_finite(folder):
-    broken = lambda scene, cameras, size: SimpleNamespace(rgb=torch.full((1, 2, 3, size, size), torch.nan), opacity=torch.zeros(1, 2, 1, size, size))
+    broken = lambda scene, cameras, size: SimpleNamespace(
+        rgb=torch.full((1, 2, 3, size, size), torch.nan), opacity=torch.zeros(1, 2, 1, size, size)
+    )
     with pytest.raises(RunError, match="prompt p0 .* not finite"):
-        evaluate_scenes(scene_of, PROMPTS[:1], ClipScorer.load(folder), views=2, size=8, renderer=broken)
+        evaluate_scenes(
+            scene_of, PROMPTS[:1], ClipScorer.load(folder), views=2, size=8, renderer=broken
+        )
     with pytest.raises(UsageError, match="0 prompts"):
         evaluate_scenes(scene_of, [], ClipScorer.load(folder))

@@ -6,13 +6,13 @@ from dataclasses import FrozenInstanceError, replace
 import pytest
 import torch
 
-from scaledreamer.core.generator_checks import check_generator
-from scaledreamer.core.scene_checks import check_scene
+from scaledreamer.generator.generator_checks import check_generator
+from scaledreamer.field.scene_checks import check_scene
 from scaledreamer.core.settings import UsageError, from_json, to_json
 from scaledreamer.field.background import SolidBackground
-from scaledreamer.field.levels import HashGridSettings
+from scaledreamer.kernels.hash_grid_reference import HashGridSettings
 from scaledreamer.field.scene import DensityScene, Scene
-from scaledreamer.generator.base import Generator, text_vector
+from scaledreamer.generator.generator_base import Generator, text_vector
 from scaledreamer.field.hypernetworks import HyperNetwork, ResidualHyperNetwork
 from scaledreamer.generator.hyper_ingp import HyperINGP, HyperINGPSettings, release_background
 from scaledreamer.generator.ingp import INGP, INGPSettings, blob_bias
@@ -23,11 +23,17 @@ SMALL = HyperINGPSettings(TINY, width=5, text_width=6, hidden=4)
 MODELS = {
     "sdf": lambda: INGP(INGPSettings(grid=TINY, width=5)),
     "density": lambda: INGP(INGPSettings("density", TINY, width=5)),
-    "wraps": lambda: INGP(INGPSettings(grid=TINY, width=5, clamp=False)),
+    "wraps": lambda: INGP(INGPSettings(grid=TINY, width=5, clamp_to_cube=False)),
     "residual": lambda: HyperINGP(SMALL),
-    "release": lambda: HyperINGP(replace(SMALL, residual=False, pooling="pooled", radius=2.0, clamp=False)),
-    "spectral": lambda: HyperINGP(replace(SMALL, residual=False, spectral_norm=True, hidden_layers=2)),
-    "release with background": lambda: HyperINGP(replace(SMALL, residual=False), background=release_background(6)),
+    "release": lambda: HyperINGP(
+        replace(SMALL, residual=False, pooling="pooled", radius=2.0, clamp_to_cube=False)
+    ),
+    "spectral": lambda: HyperINGP(
+        replace(SMALL, residual=False, spectral_norm=True, hidden_layers=2)
+    ),
+    "release with background": lambda: HyperINGP(
+        replace(SMALL, residual=False), background=release_background(6)
+    ),
     "residual spectral": lambda: HyperINGP(replace(SMALL, spectral_norm=True)),
 }
 
@@ -38,7 +44,11 @@ def seeded():
 
 
 def texts(b, width=6):
-    return TextEmbedding(torch.randn(b, 4, width), torch.randn(b, width), torch.arange(4) < torch.randint(1, 5, (b, 1)))
+    return TextEmbedding(
+        torch.randn(b, 4, width),
+        torch.randn(b, width),
+        torch.arange(4) < torch.randint(1, 5, (b, 1)),
+    )
 
 
 def grown(name):
@@ -66,7 +76,11 @@ def test_contract(name, traceable):
 def test_every_parameter_learns(name):
     model, text, points = grown(name), texts(2), torch.rand(2, 200, 3) * 2 - 1
     scene = model(text)
-    answers = shape_of(scene, points), scene.color(points), scene.background(torch.nn.functional.normalize(points, dim=-1))
+    answers = (
+        shape_of(scene, points),
+        scene.color(points),
+        scene.background(torch.nn.functional.normalize(points, dim=-1)),
+    )
     sum((answer**2).sum() for answer in answers).backward()
     for key, parameter in model.named_parameters():
         assert parameter.grad is not None and parameter.grad.abs().max() > 0, key
@@ -91,7 +105,9 @@ def test_both_at_once_and_shared_points(name):
     sdf, color = scene.sdf_and_color(points)
     torch.testing.assert_close(sdf, scene.sdf(points))
     torch.testing.assert_close(color, scene.color(points))
-    torch.testing.assert_close(scene.sdf_at_shared(points[0]), scene.sdf(points[:1].expand(3, -1, -1)))
+    torch.testing.assert_close(
+        scene.sdf_at_shared(points[0]), scene.sdf(points[:1].expand(3, -1, -1))
+    )
 
 
 def test_density_is_softplus_of_net_plus_blob():
@@ -107,7 +123,9 @@ def test_density_is_softplus_of_net_plus_blob():
 
 def test_shared_points_are_encoded_once():
     model, asked = grown("residual"), []
-    model.encoder.register_forward_hook(lambda module, inputs, output: asked.append(inputs[0].shape[:-1].numel()))
+    model.encoder.register_forward_hook(
+        lambda module, inputs, output: asked.append(inputs[0].shape[:-1].numel())
+    )
     scene = model(texts(4))
     assert asked == []  # making a scene asks no point
     scene.sdf_at_shared(torch.rand(50, 3))
@@ -138,7 +156,9 @@ def test_gradients_in_double_precision(name):
         scene = torch.func.functional_call(model, state, (text,))
         return scene.sdf_and_color(points)
 
-    assert torch.autograd.gradcheck(query, (points, model.encoder.table, *parameters), fast_mode=True)
+    assert torch.autograd.gradcheck(
+        query, (points, model.encoder.table, *parameters), fast_mode=True
+    )
 
 
 def test_dtype_and_device_follow_the_model():
@@ -149,7 +169,9 @@ def test_dtype_and_device_follow_the_model():
         fast = grown("residual").cuda()
         points = torch.rand(2, 300, 3)
         expected = copy.deepcopy(fast).cpu()(text).sdf(points)
-        torch.testing.assert_close(fast(text.to("cuda")).sdf(points.cuda()).cpu(), expected, rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(
+            fast(text.to("cuda")).sdf(points.cuda()).cpu(), expected, rtol=1e-3, atol=1e-3
+        )
 
 
 def test_half_precision_text_and_autocast():
@@ -168,21 +190,31 @@ def test_state_round_trip(name):
         model.standardise(texts(9))
     other = MODELS[name]().eval()
     other.load_state_dict(model.state_dict())
-    torch.testing.assert_close(shape_of(other(text), points), shape_of(model(text), points), rtol=0, atol=0)
-    restored = type(model)(from_json(type(model.settings), to_json(model.settings)), background=other.background).eval()
+    torch.testing.assert_close(
+        shape_of(other(text), points), shape_of(model(text), points), rtol=0, atol=0
+    )
+    restored = type(model)(
+        from_json(type(model.settings), to_json(model.settings)), background=other.background
+    ).eval()
     restored.load_state_dict(model.state_dict())
-    torch.testing.assert_close(restored(text).color(points), model(text).color(points), rtol=0, atol=0)
+    torch.testing.assert_close(
+        restored(text).color(points), model(text).color(points), rtol=0, atol=0
+    )
     with pytest.raises(FrozenInstanceError):
         model.settings.radius = 3.0
 
 
 def test_own_hypernetwork_and_background(traceable):
     count = 6 * 5 + 5 * 1 + 6 * 5 + 5 * 3
-    model = HyperINGP(SMALL, hypernetwork=torch.nn.Linear(6, count), background=SolidBackground((0.1, 0.2, 0.3)))
+    model = HyperINGP(
+        SMALL, hypernetwork=torch.nn.Linear(6, count), background=SolidBackground((0.1, 0.2, 0.3))
+    )
     check_generator(model, texts(2))
     model.standardise(texts(2))  # nothing to do for it
     directions = torch.nn.functional.normalize(torch.randn(2, 5, 3), dim=-1)
-    torch.testing.assert_close(model(texts(2)).background(directions), torch.tensor([0.1, 0.2, 0.3]).expand(2, 5, 3))
+    torch.testing.assert_close(
+        model(texts(2)).background(directions), torch.tensor([0.1, 0.2, 0.3]).expand(2, 5, 3)
+    )
 
 
 def test_background_that_reads_the_text():
@@ -243,5 +275,3 @@ def test_spectral_norm_bounds_the_matrices():
         network(torch.randn(2, 6))  # a power iteration a call, in training mode
     network.eval()
     assert torch.linalg.matrix_norm(network.layers[0].weight, 2) < 1.01
-
-

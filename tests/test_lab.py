@@ -19,14 +19,19 @@ import pytest
 import torch
 
 from scaledreamer.core.settings import RunError, UsageError
-from scaledreamer.curve.error import ErrorCurve
-from scaledreamer.distill.timesteps import deterministic_shift, random_shift
+from scaledreamer.noise_error.error import ErrorCurve
+from scaledreamer.distill.shift import deterministic_shift, random_shift
 from scaledreamer.toy.lockstep import Frame
-from scaledreamer.view import curve_explorer, explore, frames, stepper
+from scaledreamer.view import curve_explorer, curve_exploration, lockstep_frames, stepper
 
 ROOT = Path(__file__).resolve().parent.parent
-NOTEBOOKS = {name: ROOT / f"nbs/13_view/{name}.ipynb" for name in ("03_live_figure", "05_curve_explorer", "07_stepper")}
-HARMLESS = ("undefined",)  # errors in the page that are none: plotly rejects, with nothing, the promise of an animation that a newer one replaces
+NOTEBOOKS = {
+    name: ROOT / f"nbs/80_view/{name}.ipynb"
+    for name in ("03_live_figure", "05_curve_explorer", "07_stepper")
+}
+HARMLESS = (
+    "undefined",
+)  # errors in the page that are none: plotly rejects, with nothing, the promise of an animation that a newer one replaces
 
 # in the kernel ---------------------------------------------------------------------------------------------------------------
 
@@ -42,46 +47,65 @@ def falling(scale: float) -> ErrorCurve:
 
 @pytest.fixture
 def pair():
-    return explore.Pair(falling(1.0), falling(0.5), lambda text, t: torch.full((3, 8, 8), t / 1000))
+    return curve_exploration.CurvePair(
+        falling(1.0), falling(0.5), lambda text, t: torch.full((3, 8, 8), t / 1000)
+    )
 
 
 def test_a_curve_that_halves_is_matched_a_hundred_later(pair):
     "e_FT is half of e_PT, so that the match is at dt = 100 wherever it is inside the curves, whichever images are chosen."
     for texts in ((), ("a",), ("b",), ("b", "a")):
-        curves = explore.lines(pair, texts)
+        curves = curve_exploration.lines(pair, texts)
         for t0 in (20, 333, 870):
-            assert explore.explore(curves, t0, 0.1).match == pytest.approx(t0 + 100, abs=0.2)
-        assert explore.explore(curves, 950, 0.1).match is None
+            assert curve_exploration.explore(curves, t0, 0.1).match == pytest.approx(
+                t0 + 100, abs=0.2
+            )
+        assert curve_exploration.explore(curves, 950, 0.1).match is None
 
 
 def test_one_image_has_no_band(pair):
-    one = explore.lines(pair, ["b"])
-    assert (one.pretrained[0] == one.pretrained[1]).all() and (one.pretrained[0] == one.pretrained[2]).all()
+    one = curve_exploration.lines(pair, ["b"])
+    assert (one.pretrained[0] == one.pretrained[1]).all() and (
+        one.pretrained[0] == one.pretrained[2]
+    ).all()
 
 
-@pytest.mark.parametrize("law", explore.LAWS.values())
-def test_draws_stay_in_the_schedule(pair, law):
-    curves = explore.lines(pair)
+@pytest.mark.parametrize("shift_schedule", curve_exploration.SHIFT_SCHEDULES.values())
+def test_draws_stay_in_the_schedule(pair, shift_schedule):
+    curves = curve_exploration.lines(pair)
     for t0 in (20, 500, 990):
         for eta in (0.0, 0.1, 1.0):
-            shown = explore.explore(curves, t0, eta, law)
-            assert t0 <= shown.draws.min() and shown.draws.max() <= 999 and shown.bars[1].sum() == len(shown.draws)
+            shown = curve_exploration.explore(curves, t0, eta, shift_schedule)
+            assert (
+                t0 <= shown.draws.min()
+                and shown.draws.max() <= 999
+                and shown.bars[1].sum() == len(shown.draws)
+            )
             assert eta or (shown.draws == t0).all()
     with pytest.raises(UsageError, match=r"eta is -0.1"):
-        explore.explore(curves, 500, -0.1, law)
+        curve_exploration.explore(curves, 500, -0.1, shift_schedule)
 
 
 def test_what_is_drawn_is_what_training_draws(pair):
-    curves = explore.lines(pair)
-    expected = random_shift(0.3)(torch.full((2000,), 620), 120, 999, torch.Generator().manual_seed(5)).sort().values
-    assert torch.equal(torch.as_tensor(explore.explore(curves, 620, 0.3, t_min=120, seed=5).draws), expected)
-    assert set(explore.explore(curves, 620, 0.3, deterministic_shift, t_min=120).draws) == {620 + 150}
+    curves = curve_exploration.lines(pair)
+    expected = (
+        random_shift(0.3)(torch.full((2000,), 620), 120, 999, torch.Generator().manual_seed(5))
+        .sort()
+        .values
+    )
+    assert torch.equal(
+        torch.as_tensor(curve_exploration.explore(curves, 620, 0.3, t_min=120, seed=5).draws),
+        expected,
+    )
+    assert set(
+        curve_exploration.explore(curves, 620, 0.3, deterministic_shift, t_min=120).draws
+    ) == {620 + 150}
 
 
 def test_a_drag_is_answered_in_the_kernel(pair):
     "At most 100 ms for curves of 240 images at 100 timesteps; the median, for the machine may be busy."
     many = ErrorCurve(torch.arange(0, 1000, 10), torch.rand(240, 100), "x", ("a",) * 240)
-    explorer = curve_explorer.CurveExplorer({"p": explore.Pair(many, many, pair.x0)})
+    explorer = curve_explorer.CurveExplorer({"p": curve_exploration.CurvePair(many, many, pair.x0)})
     took = []
     for t0 in range(300, 320):
         start = time.perf_counter()
@@ -93,10 +117,18 @@ def test_a_drag_is_answered_in_the_kernel(pair):
 
 def test_another_prior_with_other_texts_and_times(pair):
     late = ErrorCurve(torch.arange(400, 800, 50), torch.rand(2, 8), "x", ("c", "d"))
-    explorer = curve_explorer.CurveExplorer({"one": pair, "two": explore.Pair(late, late, pair.x0)})
+    explorer = curve_explorer.CurveExplorer(
+        {"one": pair, "two": curve_exploration.CurvePair(late, late, pair.x0)}
+    )
     explorer.prompts.value, explorer.t0.value = ("b",), 30
     explorer.prior.value = "two"
-    assert (explorer.prompts.options, explorer.prompts.value, explorer.t0.min, explorer.t0.value, explorer.t0.max) == (("c", "d"), (), 400, 400, 750)
+    assert (
+        explorer.prompts.options,
+        explorer.prompts.value,
+        explorer.t0.min,
+        explorer.t0.value,
+        explorer.t0.max,
+    ) == (("c", "d"), (), 400, 400, 750)
     assert list(explorer.figure.data[1].x) == late.timesteps.tolist()
     explorer.prior.value = "one"
     assert (explorer.t0.min, explorer.t0.max, explorer.shown.t0) == (20, 990, 400)
@@ -113,9 +145,13 @@ class Cloud:
     def step(self):
         if len(self.frames) >= self.refuse:
             raise RunError("no further")
-        points, gradients = ({name: torch.randn(2000, 2) for name in self.methods} for _ in range(2))
+        points, gradients = (
+            {name: torch.randn(2000, 2) for name in self.methods} for _ in range(2)
+        )
         norms = {name: float(g.norm(dim=1).mean()) for name, g in gradients.items()}
-        self.frames.append(Frame(len(self.frames), torch.full((2000,), 500), points, gradients, norms))
+        self.frames.append(
+            Frame(len(self.frames), torch.full((2000,), 500), points, gradients, norms)
+        )
 
 
 def far(x):
@@ -155,21 +191,46 @@ def test_a_second_play_does_not_wait_for_the_first():
     assert view.index == before and not view.play.value
 
 
-@pytest.mark.parametrize("path", [*NOTEBOOKS.values(), ROOT / "nbs/90_experiments/08_explorer.ipynb"], ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path",
+    [*NOTEBOOKS.values(), ROOT / "nbs/99_experiments/80_explorer.ipynb"],
+    ids=lambda path: path.stem,
+)
 def test_no_widget_is_committed(path):
     "Its model is gone when the file is opened, and then it is an error in the reader's face; a state is megabytes."
     notebook = json.loads(path.read_text(encoding="utf-8"))
     assert "widgets" not in notebook["metadata"], "execute with store_widget_state=False"
-    shown = {kind for cell in notebook["cells"] for output in cell.get("outputs", []) for kind in output.get("data", {})}
-    assert "application/vnd.jupyter.widget-view+json" not in shown, "leave out the cells that are for a browser (#| live)"
+    shown = {
+        kind
+        for cell in notebook["cells"]
+        for output in cell.get("outputs", [])
+        for kind in output.get("data", {})
+    }
+    assert "application/vnd.jupyter.widget-view+json" not in shown, (
+        "leave out the cells that are for a browser (#| live)"
+    )
 
 
 # in a browser ----------------------------------------------------------------------------------------------------------------
 
-ARGUMENTS = ("--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update", "--disable-sync", "--no-first-run", "--enable-unsafe-swiftshader")
+ARGUMENTS = (
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--no-first-run",
+    "--enable-unsafe-swiftshader",
+)
 SETTINGS = {
-    "apputils-extension/notification": {"checkForUpdates": False, "doNotDisturbMode": True, "fetchNews": "false"},  # nothing is asked of the network
-    "notebook-extension/tracker": {"windowingMode": "none"},  # cells out of sight are in the page too
+    "apputils-extension/notification": {
+        "checkForUpdates": False,
+        "doNotDisturbMode": True,
+        "fetchNews": "false",
+    },  # nothing is asked of the network
+    "notebook-extension/tracker": {
+        "windowingMode": "none"
+    },  # cells out of sight are in the page too
 }
 WATCH = """
 () => {
@@ -188,7 +249,9 @@ WATCH = """
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator:
-    sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is missing: pip install -e '.[dev]'")
+    sync_api = pytest.importorskip(
+        "playwright.sync_api", reason="playwright is missing: pip install -e '.[dev]'"
+    )
     chromium = shutil.which("chromium")
     if chromium is None:
         pytest.skip("chromium is not installed: apt-get install chromium")
@@ -198,7 +261,9 @@ def browser() -> Iterator:
 
 
 @pytest.fixture(scope="module")
-def lab(browser, tmp_path_factory) -> Iterator[str]:  # the browser first: no server where there is none
+def lab(
+    browser, tmp_path_factory
+) -> Iterator[str]:  # the browser first: no server where there is none
     "The address of a JupyterLab that holds copies of the notebooks and knows no settings but ours."
     home = tmp_path_factory.mktemp("lab")
     for path in NOTEBOOKS.values():
@@ -210,15 +275,43 @@ def lab(browser, tmp_path_factory) -> Iterator[str]:  # the browser first: no se
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    own = {"JUPYTERLAB_SETTINGS_DIR": ".settings", "JUPYTERLAB_WORKSPACES_DIR": ".workspaces", "JUPYTER_CONFIG_DIR": ".config", "JUPYTER_DATA_DIR": ".data",
-           "JUPYTER_RUNTIME_DIR": ".runtime", "IPYTHONDIR": ".ipython"}
-    environment = os.environ | {name: str(home / folder) for name, folder in own.items()} | {"OMP_NUM_THREADS": "1"}
-    environment |= {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]).strip(os.pathsep)}
+    own = {
+        "JUPYTERLAB_SETTINGS_DIR": ".settings",
+        "JUPYTERLAB_WORKSPACES_DIR": ".workspaces",
+        "JUPYTER_CONFIG_DIR": ".config",
+        "JUPYTER_DATA_DIR": ".data",
+        "JUPYTER_RUNTIME_DIR": ".runtime",
+        "IPYTHONDIR": ".ipython",
+    }
+    environment = (
+        os.environ
+        | {name: str(home / folder) for name, folder in own.items()}
+        | {"OMP_NUM_THREADS": "1"}
+    )
+    environment |= {
+        "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]).strip(
+            os.pathsep
+        )
+    }
     environment.pop("MPLBACKEND", None)  # the kernel has its own
-    options = ["--no-browser", "--allow-root", "--ServerApp.ip=127.0.0.1", f"--ServerApp.port={port}", "--IdentityProvider.token=", f"--ServerApp.root_dir={home}",
-               "--LabApp.expose_app_in_browser=True", "--LabApp.extension_manager=readonly"]
+    options = [
+        "--no-browser",
+        "--allow-root",
+        "--ServerApp.ip=127.0.0.1",
+        f"--ServerApp.port={port}",
+        "--IdentityProvider.token=",
+        f"--ServerApp.root_dir={home}",
+        "--LabApp.expose_app_in_browser=True",
+        "--LabApp.extension_manager=readonly",
+    ]
     with (home / "server.log").open("w") as log:
-        server = subprocess.Popen([sys.executable, "-m", "jupyter", "lab", *options], env=environment, cwd=home, stdout=log, stderr=log)
+        server = subprocess.Popen(
+            [sys.executable, "-m", "jupyter", "lab", *options],
+            env=environment,
+            cwd=home,
+            stdout=log,
+            stderr=log,
+        )
         try:
             yield wait_for(f"http://127.0.0.1:{port}", server, home / "server.log")
         finally:
@@ -243,8 +336,14 @@ def watched(browser, folder: Path) -> Iterator:
     page = browser.new_page(viewport={"width": 1300, "height": 1100})
     page.set_default_timeout(60_000)
     page.errors = []
-    page.on("pageerror", lambda error: page.errors.append(str(error)) if str(error) not in HARMLESS else None)
-    page.on("console", lambda message: page.errors.append(message.text) if message.type == "error" else None)
+    page.on(
+        "pageerror",
+        lambda error: page.errors.append(str(error)) if str(error) not in HARMLESS else None,
+    )
+    page.on(
+        "console",
+        lambda message: page.errors.append(message.text) if message.type == "error" else None,
+    )
     try:
         yield page
     finally:
@@ -264,12 +363,23 @@ def notebook(browser, lab: str, folder: Path, name: str) -> Iterator:
         page.wait_for_function(CELLS)
         page.evaluate("() => window.jupyterapp.shell.currentWidget.sessionContext.ready")
         page.evaluate("() => window.jupyterapp.commands.execute('notebook:run-all-cells')")
-        cells = page.evaluate("() => window.jupyterapp.shell.currentWidget.content.model.sharedModel.toJSON().cells")
+        cells = page.evaluate(
+            "() => window.jupyterapp.shell.currentWidget.content.model.sharedModel.toJSON().cells"
+        )
         ran = [cell for cell in cells if cell["cell_type"] == "code"]
-        assert [cell["execution_count"] for cell in ran] == list(range(1, len(ran) + 1)), "not every cell ran"
-        errors = [output for cell in ran for output in cell["outputs"] if output["output_type"] == "error" or output.get("name") == "stderr"]
+        assert [cell["execution_count"] for cell in ran] == list(range(1, len(ran) + 1)), (
+            "not every cell ran"
+        )
+        errors = [
+            output
+            for cell in ran
+            for output in cell["outputs"]
+            if output["output_type"] == "error" or output.get("name") == "stderr"
+        ]
         assert not errors, errors[0]
-        page.wait_for_function("() => document.querySelector('.jp-OutputArea-output .js-plotly-plot')?._fullData?.length")
+        page.wait_for_function(
+            "() => document.querySelector('.jp-OutputArea-output .js-plotly-plot')?._fullData?.length"
+        )
         page.wait_for_timeout(500)  # a reader looks first
         page.screenshot(path=folder / "start.png")
         yield page
@@ -307,7 +417,9 @@ def label(page) -> str:
 
 def wait_for_figure(page, condition: str) -> None:
     "Until the traces d of the figure in the page are such."
-    page.wait_for_function(f"() => {{ const d = document.querySelector('.jp-OutputArea-output .js-plotly-plot')._fullData; return {condition}; }}")
+    page.wait_for_function(
+        f"() => {{ const d = document.querySelector('.jp-OutputArea-output .js-plotly-plot')._fullData; return {condition}; }}"
+    )
 
 
 def test_a_figure_in_a_box_shows_what_happened_before_it_was_shown(lab, browser, tmp_path):
@@ -329,16 +441,23 @@ def test_the_explorer_in_a_lab(lab, browser, tmp_path):
         wait_for_figure(page, f"d[4].x[2] === {t0} + Math.ceil(0.11 * ({t0} - 20))")
         page.locator(".widget-dropdown select").nth(1).select_option("constant: η(last - t_min)")
         wait_for_figure(page, f"d[4].x[0] === {t0} + 107")
-        before = page.evaluate("() => document.querySelector('.js-plotly-plot')._fullData[7].source")
+        before = page.evaluate(
+            "() => document.querySelector('.js-plotly-plot')._fullData[7].source"
+        )
         page.locator(".widget-select-multiple select").select_option("a green mug")
-        page.wait_for_function("(before) => document.querySelector('.js-plotly-plot')._fullData[7].source !== before", arg=before)
+        page.wait_for_function(
+            "(before) => document.querySelector('.js-plotly-plot')._fullData[7].source !== before",
+            arg=before,
+        )
 
 
 def test_the_stepper_in_a_lab(lab, browser, tmp_path):
     with notebook(browser, lab, tmp_path, "07_stepper") as page:
         assert label(page).startswith("step 2,")  # it has taken one before it was shown
         wait_for_figure(page, "d[9].x[0] === 2")
-        play, step = (page.locator(f"button.jupyter-button:has-text('{name}')") for name in ("play", "step"))
+        play, step = (
+            page.locator(f"button.jupyter-button:has-text('{name}')") for name in ("play", "step")
+        )
         step.click()
         wait_for_figure(page, "d[9].x[0] === 4")
         play.click()
@@ -359,8 +478,8 @@ def test_pages_need_no_kernel_and_no_network(browser, tmp_path, pair):
     run = Cloud()
     for _ in range(4):
         run.step()
-    curve_explorer.save_page(tmp_path / "curve.html", pair, every=10)
-    frames.save_page(tmp_path / "steps.html", run.frames, far)
+    curve_explorer.save_curve_page(tmp_path / "curve.html", pair, every=10)
+    lockstep_frames.save_lockstep_page(tmp_path / "steps.html", run.frames, far)
     for name, trace, before, after in (("curve", 5, 20, 990), ("steps", 12, 0, 3)):
         with watched(browser, tmp_path) as page:
             asked = []
@@ -372,11 +491,15 @@ def test_pages_need_no_kernel_and_no_network(browser, tmp_path, pair):
             page.screenshot(path=tmp_path / f"{name}.png")
             rail = page.locator(".slider-rail-touch-rect").bounding_box()
             page.mouse.click(rail["x"] + rail["width"] - 1, rail["y"] + rail["height"] / 2)
-            page.wait_for_function(f"() => document.querySelector('.js-plotly-plot')._fullData[{trace}].x[0] > {before}")
+            page.wait_for_function(
+                f"() => document.querySelector('.js-plotly-plot')._fullData[{trace}].x[0] > {before}"
+            )
             page.wait_for_timeout(300)
             page.screenshot(path=tmp_path / f"{name}-end.png")
             if name == "steps":
                 page.locator(".updatemenu-button:has-text('play')").click()
-                page.wait_for_function(f"() => document.querySelector('.js-plotly-plot')._fullData[{trace}].x[0] === {after}")
+                page.wait_for_function(
+                    f"() => document.querySelector('.js-plotly-plot')._fullData[{trace}].x[0] === {after}"
+                )
             assert not page.errors, page.errors
             assert all(url.startswith(("file:", "data:", "blob:")) for url in asked), asked

@@ -8,7 +8,14 @@ import torch
 from safetensors.torch import load_file
 
 from scaledreamer.camera.cameras import Cameras, camera_condition
-from scaledreamer.camera.poses import RigCameras, SingleCameras, orbit, rig_cameras, single_cameras, wrap_degrees
+from scaledreamer.camera.poses import (
+    RigCameras,
+    SingleCameras,
+    orbit,
+    rig_cameras,
+    single_cameras,
+    wrap_degrees,
+)
 from scaledreamer.camera.rays import camera_rays
 
 DATA = load_file(Path(__file__).parent / "parity" / "07_cameras.safetensors")
@@ -29,7 +36,10 @@ def check_poses(cameras: Cameras, group: str) -> None:
 
 
 def test_given_angles():
-    given = [DATA[f"in/{name}"][:, None] for name in ("elevation_deg", "azimuth_deg", "distance", "fovy_deg")]
+    given = [
+        DATA[f"in/{name}"][:, None]
+        for name in ("elevation_deg", "azimuth_deg", "distance", "fovy_deg")
+    ]
     cameras = Cameras(*given)
     check_poses(cameras, "single")
     near(camera_condition(cameras.c2w()).flatten(0, 1), DATA["single/mvdream_camera16"], 1e-5)
@@ -37,16 +47,24 @@ def test_given_angles():
 
 def test_three_cameras_are_three_cameras():
     "The release crosses over the batch axis when it holds exactly three cameras; here they are what they are alone."
-    given = [DATA[f"in/{name}"][:3, None] for name in ("elevation_deg", "azimuth_deg", "distance", "fovy_deg")]
+    given = [
+        DATA[f"in/{name}"][:3, None]
+        for name in ("elevation_deg", "azimuth_deg", "distance", "fovy_deg")
+    ]
     near(Cameras(*given).c2w().flatten(0, 1), DATA["single/c2w"][:3], 1e-5)
 
 
-@pytest.mark.parametrize("law", ["deg", "sphere"])
+@pytest.mark.parametrize("distribution", ["deg", "sphere"])
 @pytest.mark.parametrize("shape", [(4, 1), (1, 4), (2, 2)])
-def test_sampler_of_single_views(law, shape):
-    group = f"train_sd_uniform_{law}"
-    u = torch.stack([DATA[f"{group}/u_{name}"].view(shape) for name in ("elevation", "azimuth", "distance", "fovy")])
-    cameras = single_cameras(SingleCameras(), u, on_sphere=law == "sphere")
+def test_sampler_of_single_views(distribution, shape):
+    group = f"train_sd_uniform_{distribution}"
+    u = torch.stack(
+        [
+            DATA[f"{group}/u_{name}"].view(shape)
+            for name in ("elevation", "azimuth", "distance", "fovy")
+        ]
+    )
+    cameras = single_cameras(SingleCameras(), u, on_sphere=distribution == "sphere")
     near(cameras.elevation.flatten(), DATA[f"{group}/elevation"], 1e-4)
     near(cameras.azimuth.flatten(), DATA[f"{group}/azimuth"], 1e-4)
     near(cameras.distance.flatten(), DATA[f"{group}/camera_distances"], 1e-5)
@@ -54,11 +72,13 @@ def test_sampler_of_single_views(law, shape):
     check_poses(cameras, group)
 
 
-@pytest.mark.parametrize("law", ["deg", "sphere"])
-def test_sampler_of_rigs(law):
-    group = f"train_mv_uniform_{law}"
-    u = torch.stack([DATA[f"{group}/u_{name}"] for name in ("elevation", "azimuth", "distance", "fovy")])
-    cameras = rig_cameras(RigCameras(as_released=True), u, 4, on_sphere=law == "sphere")
+@pytest.mark.parametrize("distribution", ["deg", "sphere"])
+def test_sampler_of_rigs(distribution):
+    group = f"train_mv_uniform_{distribution}"
+    u = torch.stack(
+        [DATA[f"{group}/u_{name}"] for name in ("elevation", "azimuth", "distance", "fovy")]
+    )
+    cameras = rig_cameras(RigCameras(as_released=True), u, 4, on_sphere=distribution == "sphere")
     near(cameras.elevation.flatten(), DATA[f"{group}/elevation"], 1e-4)
     near(wrap_degrees(cameras.azimuth.flatten() - DATA[f"{group}/azimuth"]), torch.zeros(4), 1e-4)
     near(cameras.distance.flatten(), DATA[f"{group}/camera_distances"], 1e-4)
@@ -66,7 +86,9 @@ def test_sampler_of_rigs(law):
     check_poses(cameras, group)
 
 
-@pytest.mark.parametrize(("group", "views", "endpoint"), [("eval_val", 6, False), ("eval_test", 8, True)])
+@pytest.mark.parametrize(
+    ("group", "views", "endpoint"), [("eval_val", 6, False), ("eval_test", 8, True)]
+)
 def test_orbits(group, views, endpoint):
     "Evaluation of the 100k-step setup: elevation 15, fovy 70, distance 1.2; test views repeat the first as the last."
     cameras = orbit(views, elevation=15, fovy=70, distance=1.2, endpoint=endpoint)

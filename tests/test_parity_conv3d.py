@@ -10,10 +10,10 @@ from released import PARITY, check_eval, check_train, fixture, formula, stratifi
 from scaledreamer.camera.rays import Rays
 from scaledreamer.field.background import EnvironmentMap
 from scaledreamer.generator.conv3d import Conv3D, Conv3DSettings
-from scaledreamer.generator.releases import conv3d_key
+from scaledreamer.release.released_settings import conv3d_key
 from scaledreamer.prior.base import TextEmbedding
-from scaledreamer.render.placing import place_samples
-from scaledreamer.render.settings import RELEASE
+from scaledreamer.render.ray_samples import place_samples
+from scaledreamer.render.render_settings import RELEASE
 
 NAMES = ("03_conv3d_a_res16", "03_conv3d_b_res32_nobias32")
 
@@ -36,7 +36,11 @@ def released(name):
     "The fixture's generator in ours, its description and its tensors."
     meta, t = fixture(name)
     model = Conv3D(settings_of(meta)).eval()
-    named = {key.removeprefix("weights/"): value for key, value in t.items() if key.startswith("weights/")}
+    named = {
+        key.removeprefix("weights/"): value
+        for key, value in t.items()
+        if key.startswith("weights/")
+    }
     model.load_state_dict({our_key(key): value for key, value in named.items() if our_key(key)})
     return meta, t, model, TextEmbedding(t["text"][:, None], t["text"])
 
@@ -57,7 +61,9 @@ def test_values_and_gradients(name):
     torch.testing.assert_close(loss[None], t["loss"], rtol=1e-3, atol=1e-3)
     loss.backward()
     for ours, theirs in ((z.grad, t["grad_z"]), (c.grad, t["grad_text"])):
-        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-5 * float(theirs.abs().max()))  # numbers near 0 have no digits to compare
+        torch.testing.assert_close(
+            ours, theirs, rtol=1e-3, atol=1e-5 * float(theirs.abs().max())
+        )  # numbers near 0 have no digits to compare
     theirs = {our_key(key): norm for key, norm in meta["grad_norm_per_parameter"].items()}
     ours = {key: p.grad for key, p in model.named_parameters()}
     assert theirs.keys() == ours.keys()
@@ -85,10 +91,16 @@ def test_forward_differences(name):
 def test_known_noise():
     "The noise is added after the doubling and before the bias."
     _, t, model, text = released("03_conv3d_a_res16")
-    strengths = {key.split("/")[1]: value for key, value in t.items() if key.startswith("noise_strength_override/")}
+    strengths = {
+        key.split("/")[1]: value
+        for key, value in t.items()
+        if key.startswith("noise_strength_override/")
+    }
     model.load_state_dict({our_key(key): value for key, value in strengths.items()}, strict=False)
     layers = ["first_block.conv1"] + [f"blocks.{k}.conv{i}" for k in range(2) for i in range(2)]
-    noises = [t[f"weights/space_generator.synthesis.{layer}.noise_const"][None, None] for layer in layers]
+    noises = [
+        t[f"weights/space_generator.synthesis.{layer}.noise_const"][None, None] for layer in layers
+    ]
     with torch.no_grad():
         voxels = model.synthesis(t["w"][:1], noises)
     torch.testing.assert_close(voxels, t["voxel_noise_const"], rtol=1e-4, atol=2e-4)
@@ -98,13 +110,34 @@ def test_known_noise():
 def render_fixture():
     "One prompt and one view through the release's renderer; every noise strength is 0 there."
     meta, t = fixture("05b_render_conv3d")
-    model, prefix = Conv3D(settings_of(meta), background=EnvironmentMap()).eval(), "weights/background.network."
-    named = {key.removeprefix("weights/geometry."): value for key, value in t.items() if key.startswith("weights/geometry.")}
+    model, prefix = (
+        Conv3D(settings_of(meta), background=EnvironmentMap()).eval(),
+        "weights/background.network.",
+    )
+    named = {
+        key.removeprefix("weights/geometry."): value
+        for key, value in t.items()
+        if key.startswith("weights/geometry.")
+    }
     state = {our_key(key): value for key, value in named.items() if our_key(key)}
-    model.load_state_dict(state | {f"background.{key.removeprefix(prefix)}": value for key, value in t.items() if key.startswith(prefix)})
+    model.load_state_dict(
+        state
+        | {
+            f"background.{key.removeprefix(prefix)}": value
+            for key, value in t.items()
+            if key.startswith(prefix)
+        }
+    )
     assert all(value == 0 for key, value in state.items() if key.endswith("noise_strength"))
     image = lambda value: value.movedim(-1, 1)[:, None]
-    return meta, t, model(TextEmbedding(t["text"][:, None], t["text"]), t["z"]), Rays(t["rays_o"][:, None], t["rays_d"][:, None]), image, model
+    return (
+        meta,
+        t,
+        model(TextEmbedding(t["text"][:, None], t["text"]), t["z"]),
+        Rays(t["rays_o"][:, None], t["rays_d"][:, None]),
+        image,
+        model,
+    )
 
 
 def test_render():
@@ -117,13 +150,17 @@ def test_render_with_gradients(monkeypatch):
     stratified(monkeypatch, t)
     with torch.no_grad():
         samples = place_samples(scene, *rays.flat(), RELEASE, torch.Generator())
-    torch.testing.assert_close(samples.middles[0], t["train/t_points"], rtol=0, atol=2e-4)
+    torch.testing.assert_close(samples.midpoints[0], t["train/t_points"], rtol=0, atol=2e-4)
     check_train(scene, rays, meta, t, image)
     ours, matched = dict(model.named_parameters()), set()
     for key, norm in meta["grad_norm_per_parameter"].items():
         part, _, rest = key.partition(".")
-        name = our_key(rest) if part == "geometry" else f"background.{rest.removeprefix('network.')}"
-        if norm is not None and not key.endswith("noise_strength"):  # an encoding without parameters; theirs is of a noise that is not in the fixture
+        name = (
+            our_key(rest) if part == "geometry" else f"background.{rest.removeprefix('network.')}"
+        )
+        if norm is not None and not key.endswith(
+            "noise_strength"
+        ):  # an encoding without parameters; theirs is of a noise that is not in the fixture
             assert ours[name].grad.norm().item() == pytest.approx(norm, rel=2e-2), key
             matched.add(name)
     assert matched == {name for name in ours if not name.endswith("noise_strength")}
@@ -134,11 +171,13 @@ def test_full_size():
     with torch.device("meta"):
         model = Conv3D(Conv3DSettings.paper())
     shapes, state = {key: value.shape for key, value in model.state_dict().items()}, {}
-    for key, law in meta["offset_amplitude"].items():
+    for key, shift_schedule in meta["offset_amplitude"].items():
         ours = our_key(key.removeprefix("geometry."))
-        values = formula(key, shapes[ours].numel(), meta["salt"], *law)
+        values = formula(key, shapes[ours].numel(), meta["salt"], *shift_schedule)
         if key in meta["first_values_check"]:
-            torch.testing.assert_close(values[:3], torch.tensor(meta["first_values_check"][key]), rtol=1e-6, atol=1e-8)
+            torch.testing.assert_close(
+                values[:3], torch.tensor(meta["first_values_check"][key]), rtol=1e-6, atol=1e-8
+            )
         state[ours] = values.view(shapes[ours])
     model.load_state_dict(state, assign=True)
     model.eval().requires_grad_(False)
@@ -147,8 +186,12 @@ def test_full_size():
     torch.testing.assert_close(model.mapping(t["z"], t["text"]), t["w"], rtol=0, atol=1e-4)
     voxels = model.voxels(text, t["z"])
     mean, std, top = t["voxel_stats"].tolist()
-    torch.testing.assert_close(voxels[..., ::16, ::16, ::16], t["voxel_sub16"], rtol=0, atol=2e-3 * top)
-    assert [float(voxels.mean()), float(voxels.std()), float(voxels.abs().max())] == pytest.approx([mean, std, top], rel=2e-3, abs=2e-3 * std)
+    torch.testing.assert_close(
+        voxels[..., ::16, ::16, ::16], t["voxel_sub16"], rtol=0, atol=2e-3 * top
+    )
+    assert [float(voxels.mean()), float(voxels.std()), float(voxels.abs().max())] == pytest.approx(
+        [mean, std, top], rel=2e-3, abs=2e-3 * std
+    )
     model.voxels = lambda text, z: voxels  # once is enough
     scene = model(text, t["z"])
     sdf, features = scene.sdf(t["points"])[0], scene.color_head(scene.features(t["points"]))[0]
@@ -156,14 +199,33 @@ def test_full_size():
         assert (ours - theirs).abs().max() <= 2e-3 * theirs.abs().max()
 
 
-@pytest.mark.parametrize("name, multiplier, count", [("50k", 1, 88_686_923), ("100k", 1, 88_686_923), ("300k", 2, 144_798_155)])
+@pytest.mark.parametrize(
+    "name, multiplier, count",
+    [("50k", 1, 88_686_923), ("100k", 1, 88_686_923), ("300k", 2, 144_798_155)],
+)
 def test_parameters_to_the_unit(name, multiplier, count):
     meta = json.loads((PARITY / f"09_state_dict_asd_sd_3dconv_net_{name}.json").read_text())
     with torch.device("meta"):
         model = Conv3D(Conv3DSettings.paper(multiplier), background=EnvironmentMap())
-    theirs = {k.removeprefix("geometry."): v for k, v in meta["state_dict"].items() if k.startswith("geometry.")}
-    assert {k for k, v in theirs.items() if v["kind"] == "buffer"} == {k for k in theirs if our_key(k) is None}
-    ours = {k: list(p.shape) for k, p in model.named_parameters() if not k.startswith("background.")}
+    theirs = {
+        k.removeprefix("geometry."): v
+        for k, v in meta["state_dict"].items()
+        if k.startswith("geometry.")
+    }
+    assert {k for k, v in theirs.items() if v["kind"] == "buffer"} == {
+        k for k in theirs if our_key(k) is None
+    }
+    ours = {
+        k: list(p.shape) for k, p in model.named_parameters() if not k.startswith("background.")
+    }
     assert ours == {our_key(k): v["shape"] for k, v in theirs.items() if our_key(k)}
-    assert sum(p.numel() for k, p in model.named_parameters() if k in ours) == meta["n_parameters_by_prefix"]["geometry"] == count
-    assert sum(p.numel() for p in model.background.parameters()) == meta["n_parameters_by_prefix"]["background"] == 448
+    assert (
+        sum(p.numel() for k, p in model.named_parameters() if k in ours)
+        == meta["n_parameters_by_prefix"]["geometry"]
+        == count
+    )
+    assert (
+        sum(p.numel() for p in model.background.parameters())
+        == meta["n_parameters_by_prefix"]["background"]
+        == 448
+    )

@@ -1,6 +1,5 @@
 """The renderer against tensors of the paper's release (fixtures 05a, 05b, 05c, 08; tests/parity/*.json say how each was made)."""
 
-
 import pytest
 import torch
 from torch.nn import functional as F
@@ -9,14 +8,13 @@ from released import check_eval, check_train, fixture, stratified
 
 from scaledreamer.camera.rays import Rays
 from scaledreamer.field.density import volsdf_density
-from scaledreamer.field.encodings import HashGrid, HashGridSettings
-from scaledreamer.render.asking import ask, weigh
+from scaledreamer.field.hash_grid import HashGrid, HashGridSettings
+from scaledreamer.render.query import query_scene, sample_weights
 from scaledreamer.render.compositing import composite, density_weights, first_order_weights
-from scaledreamer.render.placing import place_samples
+from scaledreamer.render.ray_samples import place_samples
 from scaledreamer.render.regularisers import depth_variance, eikonal, opaque, orient, sparsity
 from scaledreamer.render.sampling import importance_edges
-from scaledreamer.render.settings import RELEASE, field_gradient
-
+from scaledreamer.render.render_settings import RELEASE, field_gradient
 
 
 # 05a: density, weights and what they sum to
@@ -27,14 +25,22 @@ def test_volsdf_weights_and_sums(p):
     _, data = fixture("05a_volsdf")
     edges, sharpness = data["t_edges"], min(data[f"{p}/inv_std"].item(), 80.0)
     density = volsdf_density(data["sdf"], 1 / sharpness)
-    torch.testing.assert_close(density, data[f"{p}/density"], rtol=1e-5, atol=1e-5)  # far out, s (1/2 + expm1 / 2) is rounding of s = 80
+    torch.testing.assert_close(
+        density, data[f"{p}/density"], rtol=1e-5, atol=1e-5
+    )  # far out, s (1/2 + expm1 / 2) is rounding of s = 80
     middle = (edges[:, 1:] + edges[:, :-1]) / 2
     for kind, weigh in (("upstream", first_order_weights), ("exact", density_weights)):
         weights, _ = weigh(density, edges.diff(dim=-1))
         torch.testing.assert_close(weights, data[f"{p}/weights_{kind}"], rtol=1e-4, atol=1e-5)
         pixels = composite(weights, middle, middle[..., None])
-        for name, value in (("opacity", pixels.opacity), ("depth", pixels.depth), ("z_variance", pixels.z_variance)):
-            torch.testing.assert_close(value[:, None], data[f"{p}/{name}_{kind}"], rtol=1e-4, atol=1e-4)
+        for name, value in (
+            ("opacity", pixels.opacity),
+            ("depth", pixels.depth),
+            ("z_variance", pixels.z_variance),
+        ):
+            torch.testing.assert_close(
+                value[:, None], data[f"{p}/{name}_{kind}"], rtol=1e-4, atol=1e-4
+            )
 
 
 # 05c: the importance sampler
@@ -44,8 +50,14 @@ def test_volsdf_weights_and_sums(p):
 def test_importance_sampler(kind):
     facts, data = fixture("05c_importance_sampler")
     near, far = (torch.full((7,), facts[name]) for name in ("near", "far"))
-    bump = lambda t: data["sigma_amp"] * torch.exp(-0.5 * ((t - data["sigma_mu"]) / data["sigma_std"]) ** 2)
-    biases = [data[f"strat/bias_{which}"] for which in ("coarse", "fine")] if kind == "strat" else [None, None]
+    bump = lambda t: (
+        data["sigma_amp"] * torch.exp(-0.5 * ((t - data["sigma_mu"]) / data["sigma_std"]) ** 2)
+    )
+    biases = (
+        [data[f"strat/bias_{which}"] for which in ("coarse", "fine")]
+        if kind == "strat"
+        else [None, None]
+    )
     edges = importance_edges(bump, near, far, facts["n_coarse"], facts["n_fine"], *biases)
     torch.testing.assert_close(edges[:, :-1], data[f"{kind}/t_starts"], rtol=0, atol=1e-4)
     torch.testing.assert_close(edges[:, 1:], data[f"{kind}/t_ends"], rtol=0, atol=1e-4)
@@ -56,7 +68,10 @@ def test_importance_sampler(kind):
 
 def test_losses_and_their_gradients():
     facts, data = fixture("08_losses")
-    leaf = {name: data[name].clone().requires_grad_() for name in ("opacity", "normal", "z_variance", "sdf_grad", "weights")}
+    leaf = {
+        name: data[name].clone().requires_grad_()
+        for name in ("opacity", "normal", "z_variance", "sdf_grad", "weights")
+    }
     losses = {
         "sparsity": sparsity(leaf["opacity"]),
         "opaque": opaque(leaf["opacity"]),
@@ -83,9 +98,20 @@ class ReleasedHyper:
     "Hyper-iNGP and its background from the fixture's tensors: shared grids, bias-free decoders from the text."
 
     def __init__(self, data, settings):
-        self.weights = {k: v.clone().requires_grad_(v.is_floating_point()) for k, v in data.items() if k.startswith("weights/")}
-        self.text, self.radius, self.bias = data["text"], settings["geometry"]["radius"], settings["geometry"]["sdf_bias_params"]
-        self.grids = {"geometry": self.grid(settings["geometry"]), "background": self.grid(settings["background"])}
+        self.weights = {
+            k: v.clone().requires_grad_(v.is_floating_point())
+            for k, v in data.items()
+            if k.startswith("weights/")
+        }
+        self.text, self.radius, self.bias = (
+            data["text"],
+            settings["geometry"]["radius"],
+            settings["geometry"]["sdf_bias_params"],
+        )
+        self.grids = {
+            "geometry": self.grid(settings["geometry"]),
+            "background": self.grid(settings["background"]),
+        }
         hidden = {"geometry": (8, 12), "background": (4, 8)}
         self.decoders = {}
         for part, outs in (("geometry", (1, 3)), ("background", (3,))):
@@ -96,12 +122,22 @@ class ReleasedHyper:
 
     def grid(self, settings):
         c = settings["pos_encoding_config"]
-        shape = HashGridSettings(c["n_levels"], c["n_features_per_level"], c["log2_hashmap_size"], c["base_resolution"], c["per_level_scale"])
+        shape = HashGridSettings(
+            c["n_levels"],
+            c["n_features_per_level"],
+            c["log2_hashmap_size"],
+            c["base_resolution"],
+            c["per_level_scale"],
+        )
         return HashGrid(shape, backend="torch")
 
     def hyper(self, part):
         w = lambda name: self.weights[f"weights/{part}.hypernet.layers.{name}"]
-        x = F.silu(F.layer_norm(self.text @ w("0.weight").T, w("1.weight").shape, w("1.weight"), w("1.bias")))
+        x = F.silu(
+            F.layer_norm(
+                self.text @ w("0.weight").T, w("1.weight").shape, w("1.weight"), w("1.bias")
+            )
+        )
         return x @ w("3.weight").T + w("3.bias")
 
     def encode(self, part, unit):
@@ -130,15 +166,28 @@ class ReleasedHyper:
 def hyper_fixture():
     facts, data = fixture("05b_render_hyper")
     image = lambda value: value.movedim(-1, 1)[:, None]
-    return data, ReleasedHyper(data, facts["settings"]), Rays(data["rays_o"][:, None], data["rays_d"][:, None]), RELEASE, image
+    return (
+        data,
+        ReleasedHyper(data, facts["settings"]),
+        Rays(data["rays_o"][:, None], data["rays_d"][:, None]),
+        RELEASE,
+        image,
+    )
 
 
 def test_released_render_deterministic():
     data, scene, rays, settings, image = hyper_fixture()
     out = check_eval(scene, rays, data, image)
-    torch.testing.assert_close(out.rgb - (1 - out.opacity) * out.background, image(data["eval/comp_rgb_fg"]), rtol=0, atol=2e-3)
+    torch.testing.assert_close(
+        out.rgb - (1 - out.opacity) * out.background,
+        image(data["eval/comp_rgb_fg"]),
+        rtol=0,
+        atol=2e-3,
+    )
     torch.testing.assert_close(out.z_variance, image(data["eval/z_variance"]), rtol=0, atol=5e-3)
-    torch.testing.assert_close(out.normal_image(), image(data["eval/comp_normal"]), rtol=0, atol=5e-3)
+    torch.testing.assert_close(
+        out.normal_image(), image(data["eval/comp_normal"]), rtol=0, atol=5e-3
+    )
 
 
 def test_released_render_stratified_with_gradients(monkeypatch):
@@ -147,7 +196,9 @@ def test_released_render_stratified_with_gradients(monkeypatch):
     facts, _ = fixture("05b_render_hyper")
     check_train(scene, rays, facts, data, image)
     for name, norm in facts["grad_norm_per_parameter"].items():
-        torch.testing.assert_close(scene.weights[f"weights/{name}"].grad.norm().item(), norm, rtol=2e-2, atol=0)
+        torch.testing.assert_close(
+            scene.weights[f"weights/{name}"].grad.norm().item(), norm, rtol=2e-2, atol=0
+        )
 
 
 def test_released_samples_and_their_gradients(monkeypatch):
@@ -156,17 +207,28 @@ def test_released_samples_and_their_gradients(monkeypatch):
     stratified(monkeypatch, data)
     with torch.no_grad():
         samples = place_samples(scene, *rays.flat(), settings, torch.Generator())
-        torch.testing.assert_close(samples.middles[0], data["train/t_points"], rtol=0, atol=2e-4)
-        torch.testing.assert_close(samples.edges[0].diff(dim=-1), data["train/t_intervals"], rtol=0, atol=4e-4)
+        torch.testing.assert_close(samples.midpoints[0], data["train/t_points"], rtol=0, atol=2e-4)
+        torch.testing.assert_close(
+            samples.edges[0].diff(dim=-1), data["train/t_intervals"], rtol=0, atol=4e-4
+        )
         points = samples.points()
-        values, colors = ask(scene, samples, points, settings)
+        values, colors = query_scene(scene, samples, points, settings)
         every = facts["sizes"]["ray_step"]
         rows = lambda x: x[0].unflatten(0, (30, 193))[::every]
         torch.testing.assert_close(rows(values)[..., None], data["train/sdf"], rtol=1e-3, atol=1e-3)
-        torch.testing.assert_close(rows(colors), data["train/features"].sigmoid(), rtol=0, atol=5e-3)
-        torch.testing.assert_close(weigh(scene, samples, values, settings)[0, ::every, :, None], data["train/weights"], rtol=0, atol=2e-3)
+        torch.testing.assert_close(
+            rows(colors), data["train/features"].sigmoid(), rtol=0, atol=5e-3
+        )
+        torch.testing.assert_close(
+            sample_weights(scene, samples, values, settings)[0, ::every, :, None],
+            data["train/weights"],
+            rtol=0,
+            atol=2e-3,
+        )
         slope = rows(field_gradient(scene.sdf, points, epsilon=settings.epsilon, values=values))
-        inside = rows(points).abs().amax(-1) < scene.radius - settings.epsilon  # beyond, the release clamps its steps
+        inside = (
+            rows(points).abs().amax(-1) < scene.radius - settings.epsilon
+        )  # beyond, the release clamps its steps
         # 2e-4 in t moves the base point: compare where both differences stay within one cell of the grid's levels, i.e. nearly everywhere
         close = ((slope - data["train/sdf_grad"])[inside].abs() < 2e-2).float().mean()
         assert close > 0.98, close

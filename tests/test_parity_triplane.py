@@ -9,15 +9,15 @@ import torch
 from released import PARITY, check_eval, check_train, fixture, formula, stratified
 
 from scaledreamer.camera.rays import Rays
-from scaledreamer.core.generator_checks import check_generator
+from scaledreamer.generator.generator_checks import check_generator
 from scaledreamer.core.settings import UsageError, from_json, to_json
 from scaledreamer.field.background import EnvironmentMap, wide_sigmoid
-from scaledreamer.generator.base import Generator
-from scaledreamer.generator.releases import triplane_key
-from scaledreamer.field.planes import look_up
+from scaledreamer.generator.generator_base import Generator
+from scaledreamer.release.released_settings import triplane_key
+from scaledreamer.field.planes import sample_triplane
 from scaledreamer.generator.triplane import Triplane, TriplaneSettings
 from scaledreamer.prior.base import TextEmbedding
-from scaledreamer.train.settings import GENERATORS
+from scaledreamer.train.train_settings import GENERATORS
 
 NAMES = ("04_triplane_a_local", "04_triplane_b_global")
 
@@ -29,7 +29,7 @@ def settings_of(geometry):
     return TriplaneSettings(
         g["triplane_low_res"], g["triplane_dim"], g["inner_dim"], g["num_layers"], g["num_heads"], g["mlp_ratio"],
         "tokens" if g["local_text"] else "pooled", g["condition_dim"], masked=False,
-        radius=geometry["radius"], sphere=geometry["sdf_bias_params"], wide_colors=True,
+        radius=geometry["radius"], init_sphere_radius=geometry["sdf_bias_params"], wide_colors=True,
     )  # fmt: skip
 
 
@@ -37,9 +37,22 @@ def released(name, **changes):
     "The fixture's generator with its weights, every one of them, and its text."
     meta, t = fixture(name)
     model = Triplane(replace(settings_of(meta["settings"]), **changes))
-    model.load_state_dict({triplane_key(k.removeprefix("weights/")): v for k, v in t.items() if k.startswith("weights/") and "bbox" not in k})
+    model.load_state_dict(
+        {
+            triplane_key(k.removeprefix("weights/")): v
+            for k, v in t.items()
+            if k.startswith("weights/") and "bbox" not in k
+        }
+    )
     text = t["text"].requires_grad_()
-    return meta, t, model, TextEmbedding(text, text.mean(1)) if text.ndim == 3 else TextEmbedding(text[:, None].detach(), text)
+    return (
+        meta,
+        t,
+        model,
+        TextEmbedding(text, text.mean(1))
+        if text.ndim == 3
+        else TextEmbedding(text[:, None].detach(), text),
+    )
 
 
 @pytest.mark.parametrize("checkpoint", [False, True])
@@ -48,16 +61,22 @@ def test_values_and_gradients(name, checkpoint):
     meta, t, model, text = released(name, checkpoint=checkpoint)
     planes = model.planes(text)
     torch.testing.assert_close(planes, t["planes"], rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(look_up(t["planes"], t["points"], 2.0), t["plane_features"], rtol=0, atol=1e-6)  # same planes, also outside the cube
+    torch.testing.assert_close(
+        sample_triplane(t["planes"], t["points"], 2.0), t["plane_features"], rtol=0, atol=1e-6
+    )  # same planes, also outside the cube
     scene = model(text)
-    torch.testing.assert_close(scene.features(t["points"]), t["plane_features"], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        scene.features(t["points"]), t["plane_features"], rtol=1e-4, atol=1e-4
+    )
     sdf, color = scene.sdf_and_color(t["points"])
     features = scene.color_head(scene.features(t["points"]))
     torch.testing.assert_close(sdf, t["sdf"].view_as(sdf), rtol=0, atol=1e-4)
     torch.testing.assert_close(features, t["features"].view_as(features), rtol=0, atol=1e-4)
     torch.testing.assert_close(color, wide_sigmoid(t["features"].view_as(color)), rtol=0, atol=1e-4)
 
-    loss = (sdf * t["loss_r_sdf"].view_as(sdf)).sum() + (features * t["loss_r_features"].view_as(features)).sum()
+    loss = (sdf * t["loss_r_sdf"].view_as(sdf)).sum() + (
+        features * t["loss_r_features"].view_as(features)
+    ).sum()
     torch.testing.assert_close(loss[None], t["loss"], rtol=1e-4, atol=1e-4)
     loss.backward()
     torch.testing.assert_close(t["text"].grad, t["grad_text"], rtol=1e-3, atol=0)
@@ -81,10 +100,20 @@ def test_forward_differences(name):
 def render_fixture():
     "Two prompts of two views each through the release's renderer."
     meta, t = fixture("05b_render_triplane")
-    model = Triplane(settings_of(meta["settings"]["geometry"]), background=EnvironmentMap(squash=wide_sigmoid))
-    named = {triplane_key(key.removeprefix("weights/geometry.")): v for key, v in t.items() if key.startswith("weights/geometry.") and "bbox" not in key}
+    model = Triplane(
+        settings_of(meta["settings"]["geometry"]), background=EnvironmentMap(squash=wide_sigmoid)
+    )
+    named = {
+        triplane_key(key.removeprefix("weights/geometry.")): v
+        for key, v in t.items()
+        if key.startswith("weights/geometry.") and "bbox" not in key
+    }
     prefix = "weights/background.network."
-    named |= {f"background.{key.removeprefix(prefix)}": v for key, v in t.items() if key.startswith(prefix)}
+    named |= {
+        f"background.{key.removeprefix(prefix)}": v
+        for key, v in t.items()
+        if key.startswith(prefix)
+    }
     model.load_state_dict(named)
     image = lambda value: value.movedim(-1, 1).unflatten(0, (2, 2))
     rays = Rays(*(t[name].unflatten(0, (2, 2)) for name in ("rays_o", "rays_d")))
@@ -103,7 +132,9 @@ def test_render_with_gradients(monkeypatch):
     ours = dict(model.named_parameters())
     for key, norm in meta["grad_norm_per_parameter"].items():
         if norm is not None:  # the encoding of directions has no parameter
-            name = triplane_key(key.removeprefix("geometry.")).replace("background.network.", "background.")
+            name = triplane_key(key.removeprefix("geometry.")).replace(
+                "background.network.", "background."
+            )
             assert ours[name].grad.norm().item() == pytest.approx(norm, rel=2e-2), key
 
 
@@ -118,7 +149,9 @@ def test_full_size():
         shape = model.get_parameter(name).shape
         values[name] = formula(key, shape.numel(), meta["salt"], offset, amplitude).view(shape)
         if key in first:
-            torch.testing.assert_close(values[name].flatten()[:3], torch.tensor(first[key]), rtol=1e-6, atol=1e-8)
+            torch.testing.assert_close(
+                values[name].flatten()[:3], torch.tensor(first[key]), rtol=1e-6, atol=1e-8
+            )
     model.load_state_dict(values, assign=True)
     assert sum(p.numel() for p in model.parameters()) == 120_564_480
     made = []
@@ -127,9 +160,15 @@ def test_full_size():
         scene = model(TextEmbedding(t["text"], t["text"].mean(1)))
         sdf, features = scene.sdf(t["points"])[0], scene.color_head(scene.features(t["points"]))[0]
     (planes,), (mean, std, largest) = made, t["planes_stats"].tolist()
-    assert planes.mean().item() == pytest.approx(mean, abs=2e-3 * largest) and planes.std().item() == pytest.approx(std, rel=2e-3)
+    assert planes.mean().item() == pytest.approx(
+        mean, abs=2e-3 * largest
+    ) and planes.std().item() == pytest.approx(std, rel=2e-3)
     assert planes.abs().max().item() == pytest.approx(largest, rel=2e-3)
-    for ours, theirs in ((planes[..., ::4, ::4], t["planes_sub4"]), (sdf[:, None], t["sdf"]), (features, t["features"])):
+    for ours, theirs in (
+        (planes[..., ::4, ::4], t["planes_sub4"]),
+        (sdf[:, None], t["sdf"]),
+        (features, t["features"]),
+    ):
         assert (ours - theirs).abs().max() <= 2e-3 * theirs.abs().max()
 
 
@@ -137,13 +176,35 @@ def test_parameters_to_the_unit():
     meta = json.loads((PARITY / "09_state_dict_asd_mv_triplane_transformer_10k.json").read_text())
     with torch.device("meta"):
         model = GENERATORS["triplane-paper"](1024)
-    shapes = {key: tuple(p.shape) for key, p in model.named_parameters() if not key.startswith("background.")}
-    entries = {key.removeprefix("geometry."): entry for key, entry in meta["state_dict"].items() if key.startswith("geometry.")}
-    assert shapes == {triplane_key(key): tuple(entry["shape"]) for key, entry in entries.items() if entry["kind"] == "parameter"}
-    counts = {key: sum(p.numel() for p in part.parameters()) for key, part in model.named_children()}
-    assert counts == {"transformer": 120_543_744, "shape_decoder": 10_304, "color_decoder": 10_432, "background": 448}
+    shapes = {
+        key: tuple(p.shape)
+        for key, p in model.named_parameters()
+        if not key.startswith("background.")
+    }
+    entries = {
+        key.removeprefix("geometry."): entry
+        for key, entry in meta["state_dict"].items()
+        if key.startswith("geometry.")
+    }
+    assert shapes == {
+        triplane_key(key): tuple(entry["shape"])
+        for key, entry in entries.items()
+        if entry["kind"] == "parameter"
+    }
+    counts = {
+        key: sum(p.numel() for p in part.parameters()) for key, part in model.named_children()
+    }
+    assert counts == {
+        "transformer": 120_543_744,
+        "shape_decoder": 10_304,
+        "color_decoder": 10_432,
+        "background": 448,
+    }
     by_prefix = meta["n_parameters_by_prefix"]
-    assert counts.pop("background") == by_prefix["background"] and sum(counts.values()) == by_prefix["geometry"] == 120_564_480
+    assert (
+        counts.pop("background") == by_prefix["background"]
+        and sum(counts.values()) == by_prefix["geometry"] == 120_564_480
+    )
 
 
 # the contract
@@ -155,7 +216,9 @@ KINDS = {
     "mean": replace(SMALL, text="mean"),
     "pooled": replace(SMALL, text="pooled"),
     "checkpoint": replace(SMALL, checkpoint=True),
-    "release": replace(SMALL, masked=False, wide_colors=True, radius=2.0, sphere=0.8, decoder=(5, 5)),
+    "release": replace(
+        SMALL, masked=False, wide_colors=True, radius=2.0, init_sphere_radius=0.8, decoder=(5, 5)
+    ),
 }
 
 
@@ -165,7 +228,11 @@ def seeded():
 
 
 def texts(b, width=6):
-    return TextEmbedding(torch.randn(b, 4, width), torch.randn(b, width), torch.arange(4) < torch.randint(1, 5, (b, 1)))
+    return TextEmbedding(
+        torch.randn(b, 4, width),
+        torch.randn(b, width),
+        torch.arange(4) < torch.randint(1, 5, (b, 1)),
+    )
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -180,23 +247,34 @@ def test_contract(kind, traceable):
 def test_prompts_do_not_mix(kind):
     model, text, points = Triplane(KINDS[kind]), texts(4), torch.rand(4, 30, 3) * 3 - 1.5
     together, order = model(text).color(points), torch.tensor([2, 0, 3, 1])
-    torch.testing.assert_close(torch.cat([model(text[[i]]).color(points[[i]]) for i in range(4)]), together)
+    torch.testing.assert_close(
+        torch.cat([model(text[[i]]).color(points[[i]]) for i in range(4)]), together
+    )
     torch.testing.assert_close(model(text[order]).color(points[order]), together[order])
 
 
 def test_padding_is_not_looked_at():
     model, text = Triplane(SMALL), texts(3)
-    other = TextEmbedding(torch.where(text.mask[..., None], text.tokens, 100.0), text.pooled, text.mask)
+    other = TextEmbedding(
+        torch.where(text.mask[..., None], text.tokens, 100.0), text.pooled, text.mask
+    )
     torch.testing.assert_close(model.planes(other), model.planes(text))
     nothing = TextEmbedding(text.tokens, text.pooled, torch.zeros_like(text.mask))
     assert model.planes(nothing).isfinite().all()
-    longer = TextEmbedding(torch.cat([text.tokens, text.tokens], 1), text.pooled, torch.cat([text.mask, text.mask & False], 1))
+    longer = TextEmbedding(
+        torch.cat([text.tokens, text.tokens], 1),
+        text.pooled,
+        torch.cat([text.mask, text.mask & False], 1),
+    )
     torch.testing.assert_close(model.planes(longer), model.planes(text))
 
 
 @pytest.mark.parametrize("kind", ["tokens", "pooled"])
 def test_checkpointing_changes_nothing(kind):
-    models = [Triplane(replace(KINDS[kind], checkpoint=checkpoint)).train() for checkpoint in (False, True)]
+    models = [
+        Triplane(replace(KINDS[kind], checkpoint=checkpoint)).train()
+        for checkpoint in (False, True)
+    ]
     models[1].load_state_dict(models[0].state_dict())
     text, points = texts(2), torch.rand(2, 20, 3)
     values = [model(text).sdf(points) for model in models]
@@ -223,7 +301,9 @@ def test_gradients_in_double_precision(kind):
     names, values = zip(*model.named_parameters())
 
     def query(points, *values):
-        return torch.func.functional_call(model, dict(zip(names, values)), (text,)).sdf_and_color(points)
+        return torch.func.functional_call(model, dict(zip(names, values)), (text,)).sdf_and_color(
+            points
+        )
 
     assert torch.autograd.gradcheck(query, (points, *values), fast_mode=True)
 
@@ -237,7 +317,9 @@ def test_half_precision_text_and_autocast(kind):
         scene = model(text)
         inside = scene.sdf(points)
     for got in (inside, scene.sdf(points)):  # a scene made under autocast answers outside it
-        torch.testing.assert_close(got.float(), expected, rtol=0.05, atol=0.05)  # bfloat16 has 8 bits
+        torch.testing.assert_close(
+            got.float(), expected, rtol=0.05, atol=0.05
+        )  # bfloat16 has 8 bits
 
 
 @pytest.mark.parametrize("n", [0, 1])
@@ -252,7 +334,9 @@ def test_outside_every_plane_the_features_are_zero():
     corner = torch.tensor([3.0, -3.0, 0.2]).expand(2, 1, 3)
     assert (scene.features(corner) == 0).all()
     torch.testing.assert_close(scene.sdf(corner), corner.norm(dim=-1) - 0.5)
-    assert (scene.features(torch.tensor([3.0, 0.1, 0.2]).expand(2, 1, 3)) != 0).any()  # plane (z, y) sees it
+    assert (
+        scene.features(torch.tensor([3.0, 0.1, 0.2]).expand(2, 1, 3)) != 0
+    ).any()  # plane (z, y) sees it
 
 
 def test_refusals():

@@ -9,10 +9,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from scaledreamer.core.prior_checks import check_prior
+from scaledreamer.prior.prior_checks import check_prior
 from scaledreamer.core.settings import RunError, UsageError
-from scaledreamer.core.tensors import generator, seed_everything
-from scaledreamer.prior.base import guide, perpendicular, predict_together
+from scaledreamer.core.tensors import make_rng, seed_everything
+from scaledreamer.prior.base import classifier_free_guidance, perpendicular, predict_noise_batched
 from scaledreamer.prior.mixture import MixturePrior
 from scaledreamer.prior.pipelines import quiet, random_pipeline
 from scaledreamer.prior.schedule import NoiseSchedule, scaled_linear
@@ -25,9 +25,24 @@ from worlds import DOUBLE, draw
 
 def test_published_variances():
     "FACTS 1.1, to the digits given there."
-    published = {20: 0.0187, 100: 0.106, 200: 0.246, 300: 0.410, 400: 0.576, 500: 0.724, 600: 0.839, 700: 0.917, 800: 0.963, 900: 0.986, 980: 0.994, 999: 0.995}
+    published = {
+        20: 0.0187,
+        100: 0.106,
+        200: 0.246,
+        300: 0.410,
+        400: 0.576,
+        500: 0.724,
+        600: 0.839,
+        700: 0.917,
+        800: 0.963,
+        900: 0.986,
+        980: 0.994,
+        999: 0.995,
+    }
     variance = 1 - scaled_linear().abar(torch.tensor(list(published)))
-    torch.testing.assert_close(variance, torch.tensor(list(published.values()), dtype=DOUBLE), atol=6e-4, rtol=0)
+    torch.testing.assert_close(
+        variance, torch.tensor(list(published.values()), dtype=DOUBLE), atol=6e-4, rtol=0
+    )
 
 
 @given(st.lists(st.floats(1e-6, 1 - 1e-6), min_size=1, max_size=8), st.data())
@@ -38,8 +53,14 @@ def test_conversions_invert_each_other(abar, data):
     x0, eps = (draw(len(t), 2, 3, seed=i) for i in range(2))
     x_t = schedule.add_noise(x0, eps, t)
     v = schedule.v_from_eps(x_t, eps, t)
-    for ours, true in ((schedule.x0_from_v(x_t, v, t), x0), (schedule.eps_from_v(x_t, v, t), eps), (schedule.eps_from_x0(x_t, x0, t), eps)):
-        torch.testing.assert_close(ours, true, atol=1e-6, rtol=0)  # 1e-16 over the smallest sigma and alpha, squared
+    for ours, true in (
+        (schedule.x0_from_v(x_t, v, t), x0),
+        (schedule.eps_from_v(x_t, v, t), eps),
+        (schedule.eps_from_x0(x_t, x0, t), eps),
+    ):
+        torch.testing.assert_close(
+            ours, true, atol=1e-6, rtol=0
+        )  # 1e-16 over the smallest sigma and alpha, squared
 
 
 def test_timesteps_are_checked():
@@ -55,10 +76,15 @@ def test_timesteps_are_checked():
 def test_guidance_of_one_item_does_not_see_the_others():
     eps, empty, *negatives = draw(4, 3, 4, 5, 5)
     weights = draw(3, 2, seed=1)
-    whole = guide(empty, eps, 7.5, negatives, weights)
+    whole = classifier_free_guidance(empty, eps, 7.5, negatives, weights)
     for i in range(3):
         row = slice(i, i + 1)
-        torch.testing.assert_close(guide(empty[row], eps[row], 7.5, [n[row] for n in negatives], weights[row]), whole[row])
+        torch.testing.assert_close(
+            classifier_free_guidance(
+                empty[row], eps[row], 7.5, [n[row] for n in negatives], weights[row]
+            ),
+            whole[row],
+        )
 
 
 def test_perpendicular_is_finite_where_there_is_no_direction():
@@ -76,7 +102,7 @@ def test_camera_goes_along_with_every_evaluation():
 
     prior, camera = Seeing({"a": torch.zeros(1, 2)}), torch.arange(32.0).reshape(2, 16)
     y = prior.encode_text(["a", "a"]).tokens
-    predict_together(prior, [(torch.zeros(2, 2), torch.tensor([1, 2]), y)] * 3, camera)
+    predict_noise_batched(prior, [(torch.zeros(2, 2), torch.tensor([1, 2]), y)] * 3, camera)
     assert torch.equal(prior.seen, torch.cat([camera] * 3))
 
 
@@ -85,8 +111,10 @@ def test_camera_goes_along_with_every_evaluation():
 
 def mixture(shape=(3, 2, 2), std=0.4, dtype=DOUBLE, scale=1.0):
     sizes = {"a cat, front view": 4, "a cat, side view": 2, "a dog": 3, "a cow": 1}
-    rng = generator(5)
-    means = {c: scale * torch.randn(k, *shape, generator=rng, dtype=dtype) for c, k in sizes.items()}
+    rng = make_rng(5)
+    means = {
+        c: scale * torch.randn(k, *shape, generator=rng, dtype=dtype) for c, k in sizes.items()
+    }
     weights = {c: torch.rand(k, generator=rng) + 0.1 for c, k in sizes.items()}
     return MixturePrior(means, std, weights), means, weights
 
@@ -97,9 +125,13 @@ def brute_force(means, weights, shares, std, schedule, x_t, t):
     v = abar * std**2 + 1 - abar
     terms = []
     for caption, share in shares.items():
-        for mean, weight in zip(means[caption], weights[caption].double() / weights[caption].double().sum()):
+        for mean, weight in zip(
+            means[caption], weights[caption].double() / weights[caption].double().sum()
+        ):
             gap = (x_t - abar.sqrt() * mean).square().sum()
-            terms.append((share * weight).log() - gap / (2 * v) - mean.numel() / 2 * (2 * torch.pi * v).log())
+            terms.append(
+                (share * weight).log() - gap / (2 * v) - mean.numel() / 2 * (2 * torch.pi * v).log()
+            )
     return torch.stack(terms).logsumexp(0)
 
 
@@ -112,8 +144,13 @@ def test_mixture_is_the_sum_over_its_components(t):
     prior, means, weights = mixture()
     x_t = draw(3, 3, 2, 2)
     tokens, times = prior.encode_text(list(TEXTS)).tokens, torch.full((3,), t)
-    truth = [brute_force(means, weights, shares, 0.4, prior.schedule, x, t) for x, shares in zip(x_t, TEXTS.values())]
-    torch.testing.assert_close(prior.log_density(x_t, times, tokens), torch.stack(truth), atol=1e-9, rtol=1e-9)
+    truth = [
+        brute_force(means, weights, shares, 0.4, prior.schedule, x, t)
+        for x, shares in zip(x_t, TEXTS.values())
+    ]
+    torch.testing.assert_close(
+        prior.log_density(x_t, times, tokens), torch.stack(truth), atol=1e-9, rtol=1e-9
+    )
 
     eps = prior.predict_noise(x_t, times, tokens)
     sigma = prior.schedule.sigma(times, x_t).flatten()
@@ -122,14 +159,25 @@ def test_mixture_is_the_sum_over_its_components(t):
         for j in range(12):
             nudge = torch.zeros(12, dtype=DOUBLE)
             nudge[j] = step
-            up, down = (brute_force(means, weights, shares, 0.4, prior.schedule, x_t[i] + s * nudge.reshape(3, 2, 2), t) for s in (1, -1))
+            up, down = (
+                brute_force(
+                    means,
+                    weights,
+                    shares,
+                    0.4,
+                    prior.schedule,
+                    x_t[i] + s * nudge.reshape(3, 2, 2),
+                    t,
+                )
+                for s in (1, -1)
+            )
             assert abs(-sigma[i] * (up - down) / (2 * step) - eps[i].flatten()[j]) < 1e-6
 
 
 def test_mixture_in_float32_is_the_one_in_float64():
     wide, narrow = mixture((3, 8, 8), 0.05)[0], mixture((3, 8, 8), 0.05)[0]
     narrow.components.to(torch.float32)
-    x0, noise = (torch.randn(2, 3, 8, 8, generator=generator(i)) for i in range(2))
+    x0, noise = (torch.randn(2, 3, 8, 8, generator=make_rng(i)) for i in range(2))
     for t in (0, 20, 500, 999):
         times, tokens = torch.full((2,), t), wide.encode_text(["a cat", ""]).tokens
         x_t = wide.schedule.add_noise(x0.double(), noise.double(), times)
@@ -144,7 +192,9 @@ def test_mixture_does_not_depend_on_the_order_of_its_captions():
     turned = MixturePrior(dict(reversed(means.items())), 0.4, weights)
     x_t, t = draw(3, 3, 2, 2), torch.tensor([10, 400, 900])
     for text in TEXTS:
-        ours, theirs = (p.predict_noise(x_t, t, p.encode_text([text] * 3).tokens) for p in (prior, turned))
+        ours, theirs = (
+            p.predict_noise(x_t, t, p.encode_text([text] * 3).tokens) for p in (prior, turned)
+        )
         torch.testing.assert_close(ours, theirs, atol=1e-10, rtol=0)
 
 
@@ -152,8 +202,10 @@ def test_mixture_does_not_depend_on_the_order_of_its_captions():
 @pytest.mark.parametrize("size", [0.0, 1.0, 1e4])
 def test_mixture_is_finite_at_extremes(std, size):
     prior = mixture(std=std, dtype=torch.float32, scale=100.0)[0]
-    x_t = (size * torch.randn(3, 3, 2, 2, generator=generator(0))).requires_grad_()
-    eps = prior.predict_noise(x_t, torch.tensor([0, 500, 999]), prior.encode_text(["a cat", "", "a dog"]).tokens)
+    x_t = (size * torch.randn(3, 3, 2, 2, generator=make_rng(0))).requires_grad_()
+    eps = prior.predict_noise(
+        x_t, torch.tensor([0, 500, 999]), prior.encode_text(["a cat", "", "a dog"]).tokens
+    )
     eps.sum().backward()
     assert eps.isfinite().all() and x_t.grad.isfinite().all()
 
@@ -184,9 +236,12 @@ def test_loaded_pipeline_is_the_saved_one(pipeline):
     made, folder = pipeline
     prior = StableDiffusionPrior.from_pretrained(folder)
     check_prior(prior, ["a red ball", "a blue cube, <az+45> <el+15>"])
-    y, (theirs, _) = prior.encode_text(["a ball", ""]), made.encode_prompt(["a ball", ""], "cpu", 1, False)
+    y, (theirs, _) = (
+        prior.encode_text(["a ball", ""]),
+        made.encode_prompt(["a ball", ""], "cpu", 1, False),
+    )
     torch.testing.assert_close(y.tokens, theirs.detach(), atol=1e-5, rtol=1e-5)
-    x, t = torch.randn(2, 4, 8, 8, generator=generator(0)), torch.tensor([100, 900])
+    x, t = torch.randn(2, 4, 8, 8, generator=make_rng(0)), torch.tensor([100, 900])
     out = made.unet(x, t, y.tokens).sample.detach()
     expected = out if prior.prediction_type == "epsilon" else prior.schedule.eps_from_v(x, out, t)
     torch.testing.assert_close(prior.predict_noise(x, t, y.tokens), expected, atol=1e-5, rtol=1e-5)
@@ -194,9 +249,11 @@ def test_loaded_pipeline_is_the_saved_one(pipeline):
 
 def test_posterior_is_sampled_from_a_generator_alone(pipeline):
     prior = StableDiffusionPrior.from_pretrained(pipeline[1])
-    rgb = torch.rand(2, 3, 24, 24, generator=generator(0))
+    rgb = torch.rand(2, 3, 24, 24, generator=make_rng(0))
     before = torch.get_rng_state()
-    plain, one, again, other = (prior.encode_image(rgb, rng) for rng in (None, generator(1), generator(1), generator(2)))
+    plain, one, again, other = (
+        prior.encode_image(rgb, rng) for rng in (None, make_rng(1), make_rng(1), make_rng(2))
+    )
     assert torch.equal(one, again) and torch.equal(torch.get_rng_state(), before)
     has_posterior = type(prior.vae).__name__ == "AutoencoderKL"
     assert torch.equal(one, other) == torch.equal(plain, one) == (not has_posterior)
@@ -204,9 +261,13 @@ def test_posterior_is_sampled_from_a_generator_alone(pipeline):
 
 def test_resizing_is_bilinear_without_aligned_corners(pipeline):
     prior = StableDiffusionPrior.from_pretrained(pipeline[1])
-    small = torch.rand(1, 3, 16, 16, generator=generator(0))
-    large = small.repeat_interleave(2, 2).repeat_interleave(2, 3)  # bilinear halving averages each 2 x 2
-    torch.testing.assert_close(prior.encode_image(large), prior.encode_image(small), atol=1e-5, rtol=1e-5)
+    small = torch.rand(1, 3, 16, 16, generator=make_rng(0))
+    large = small.repeat_interleave(2, 2).repeat_interleave(
+        2, 3
+    )  # bilinear halving averages each 2 x 2
+    torch.testing.assert_close(
+        prior.encode_image(large), prior.encode_image(small), atol=1e-5, rtol=1e-5
+    )
 
 
 def copy_of(folder, tmp_path):
@@ -218,7 +279,9 @@ def test_files_cut_short_are_named(pipeline, tmp_path):
         folder = copy_of(pipeline[1], tmp_path / part)
         (file,) = (folder / part).glob("*.safetensors")
         file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
-        with pytest.raises(RunError, match=f"{part}/{file.name} is damaged .*: copy or download it again"):
+        with pytest.raises(
+            RunError, match=f"{part}/{file.name} is damaged .*: copy or download it again"
+        ):
             StableDiffusionPrior.from_pretrained(folder)
 
 
@@ -234,7 +297,11 @@ def test_pickles_are_not_opened(pipeline, tmp_path):
 def test_other_models_are_refused(pipeline, tmp_path):
     folder = copy_of(pipeline[1], tmp_path)
     index = json.loads((folder / "model_index.json").read_text())
-    for change in ({"unet": ["diffusers", "SD3Transformer2DModel"]}, {"text_encoder_2": ["transformers", "CLIPTextModel"]}, {"vae": [None, None]}):
+    for change in (
+        {"unet": ["diffusers", "SD3Transformer2DModel"]},
+        {"text_encoder_2": ["transformers", "CLIPTextModel"]},
+        {"vae": [None, None]},
+    ):
         (folder / "model_index.json").write_text(json.dumps(index | change))
         with pytest.raises(UsageError, match="expected a StableDiffusionPipeline"):
             StableDiffusionPrior.from_pretrained(folder)
@@ -249,7 +316,9 @@ def test_long_prompts(pipeline):
     prior = StableDiffusionPrior.from_pretrained(pipeline[1])
     with pytest.warns(UserWarning, match="more than 10 tokens"):
         pooled = prior.encode_text(texts).pooled
-    assert not torch.allclose(pooled[0], pooled[1], atol=1e-3)  # FACTS 9, no. 8: upstream gives all long prompts one vector
+    assert not torch.allclose(
+        pooled[0], pooled[1], atol=1e-3
+    )  # FACTS 9, no. 8: upstream gives all long prompts one vector
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         prior.encode_text(["a blue cube on " * 5])  # said once
@@ -268,7 +337,9 @@ def test_text_cache_is_bounded_and_complete(pipeline):
     torch.testing.assert_close(one, free.pooled, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.skipif(not (TINY / "model_index.json").exists(), reason=f"the tiny prior is not built yet: {TINY}")
+@pytest.mark.skipif(
+    not (TINY / "model_index.json").exists(), reason=f"the tiny prior is not built yet: {TINY}"
+)
 def test_shipped_prior():
     prior = StableDiffusionPrior.from_pretrained()
     check_prior(prior, ["a red ball, front view", "a blue cube, <az+45> <el+15>"])

@@ -8,19 +8,22 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from scaledreamer.commands.cli import main, parse
+from scaledreamer.commands.cli import run_command, parse
 from scaledreamer.core.settings import UsageError
 from scaledreamer.distill.estimator import LoRAEstimator
-from scaledreamer.prior.base import distinct_rows, predict_together
-from scaledreamer.prior.architectures import sd21_unet, sd21_vae
-from scaledreamer.prior.memory import LiveBytes
+from scaledreamer.prior.base import unique_text_rows, predict_noise_batched
+from scaledreamer.recipes.architectures import sd21_unet, sd21_vae
+from scaledreamer.recipes.prior_memory import LiveBytes
 from scaledreamer.prior.pipelines import random_pipeline
-from scaledreamer.prior.running import PriorSettings, run_as, share_text
+from scaledreamer.prior.execution import PriorSettings, run_as, share_text
 from scaledreamer.prior.stable_diffusion import StableDiffusionPrior, image_latents
-from scaledreamer.train.memory import MEMORY_PRESETS
-from scaledreamer.train.settings import TrainSettings, paper, read_settings
+from scaledreamer.recipes.step_memory import MEMORY_PRESETS
+from scaledreamer.train.train_settings import TrainSettings, paper, read_settings
 
-ROUNDING, HALF = 1e-5, 0.05  # of the norm: sums in another order; bfloat16's 8 bits through some thirty layers and back
+ROUNDING, HALF = (
+    1e-5,
+    0.05,
+)  # of the norm: sums in another order; bfloat16's 8 bits through some thirty layers and back
 
 
 @pytest.fixture(scope="module")
@@ -35,14 +38,20 @@ def apart(one, other):
 def questions(prior, items=2):
     "The evaluations of a step of ASD."
     g = torch.Generator().manual_seed(0)
-    x, t = torch.randn(items, *prior.latent_shape, generator=g), torch.randint(20, 900, (items,), generator=g)
-    tokens, blank = prior.encode_text(["a red ball", "a blue cube on a green ball"][:items]).tokens, prior.encode_text([""]).tokens.expand(items, -1, -1)
+    x, t = (
+        torch.randn(items, *prior.latent_shape, generator=g),
+        torch.randint(20, 900, (items,), generator=g),
+    )
+    tokens, blank = (
+        prior.encode_text(["a red ball", "a blue cube on a green ball"][:items]).tokens,
+        prior.encode_text([""]).tokens.expand(items, -1, -1),
+    )
     return [(x, t, tokens), (x, t, blank), (x, t + 80, tokens)]
 
 
 @torch.no_grad()
 def noise(prior):
-    return torch.cat(predict_together(prior, questions(prior)))
+    return torch.cat(predict_noise_batched(prior, questions(prior)))
 
 
 def encoded(prior):
@@ -94,16 +103,28 @@ def test_what_a_device_does_not_do(settings, device, said):
 def test_a_graphs_buffer_is_not_handed_out():
     "A replay writes into the buffer of the last; what was answered before stays."
     pipe = random_pipeline()
-    prior = StableDiffusionPrior(pipe.unet, pipe.vae, StableDiffusionPrior.from_pretrained().text, pipe.scheduler, PriorSettings(graphs=True))
+    prior = StableDiffusionPrior(
+        pipe.unet,
+        pipe.vae,
+        StableDiffusionPrior.from_pretrained().text,
+        pipe.scheduler,
+        PriorSettings(graphs=True),
+    )
     buffer, inner = torch.empty(1, 4, 8, 8), prior.unet.forward
 
     def replay(*args, **options):
         out = inner(*args, **options)
         out.sample = buffer.copy_(out.sample)
         return out
+
     prior.unet.forward = replay
     with torch.no_grad():
-        first, second = (prior.predict_noise(torch.full((1, 4, 8, 8), value), torch.tensor([100]), torch.zeros(1, 12, 16)) for value in (0.1, 2.0))
+        first, second = (
+            prior.predict_noise(
+                torch.full((1, 4, 8, 8), value), torch.tensor([100]), torch.zeros(1, 12, 16)
+            )
+            for value in (0.1, 2.0)
+        )
     assert not torch.equal(first, second) and torch.equal(second, buffer)
 
 
@@ -117,20 +138,45 @@ def test_a_copy_for_an_estimator_is_a_plain_one(plain):
     for network in (own, theirs):
         for name, weight in network.state_dict().items():
             if "lora_B" in name:
-                torch.nn.init.normal_(weight, std=0.1, generator=torch.Generator().manual_seed(len(name)))
+                torch.nn.init.normal_(
+                    weight, std=0.1, generator=torch.Generator().manual_seed(len(name))
+                )
     with torch.no_grad():
-        torch.testing.assert_close(own.predict_noise(x, t, tokens), theirs.predict_noise(x, t, tokens))
+        torch.testing.assert_close(
+            own.predict_noise(x, t, tokens), theirs.predict_noise(x, t, tokens)
+        )
         assert apart(own.predict_noise(x, t, tokens), plain.predict_noise(x, t, tokens)) > 1e-3
     own.predict_noise(x, t, tokens).square().mean().backward()
     assert all(weight.grad is not None for weight in own.parameters())
 
 
 def test_half_precision_trains_and_float16_on_a_cpu_is_refused_before_the_folder(tmp_path, capsys):
-    small = ["train", "--steps", "2", "--prompts", "1", "--resolution", "16", "--eval-views", "0", "--out", str(tmp_path / "run")]
-    assert main([*small, "--prior-settings.dtype", "float16"]) == 2
+    small = [
+        "train",
+        "--steps",
+        "2",
+        "--prompts",
+        "1",
+        "--resolution",
+        "16",
+        "--eval-views",
+        "0",
+        "--out",
+        str(tmp_path / "run"),
+    ]
+    assert run_command([*small, "--prior-settings.dtype", "float16"]) == 2
     error = capsys.readouterr().err
-    assert "give bfloat16, or auto" in error and error.count("\n") == 1 and not (tmp_path / "run").exists()
-    assert main([*small, "--prior-settings.dtype", "bfloat16", "--prior-settings.vae-checkpoint"]) == 0
+    assert (
+        "give bfloat16, or auto" in error
+        and error.count("\n") == 1
+        and not (tmp_path / "run").exists()
+    )
+    assert (
+        run_command(
+            [*small, "--prior-settings.dtype", "bfloat16", "--prior-settings.vae-checkpoint"]
+        )
+        == 0
+    )
     settings = read_settings((tmp_path / "run" / "config.json").read_text(encoding="utf-8"))
     assert settings.prior_settings == PriorSettings("bfloat16", vae_checkpoint=True)
 
@@ -138,27 +184,41 @@ def test_half_precision_trains_and_float16_on_a_cpu_is_refused_before_the_folder
 # shared text -----------------------------------------------------------------------------------------------------------------
 
 
-@given(st.lists(st.tuples(st.integers(0, 2), st.sampled_from(["whole", "one row", "turned"])), min_size=1, max_size=5))
+@given(
+    st.lists(
+        st.tuples(st.integers(0, 2), st.sampled_from(["whole", "one row", "turned"])),
+        min_size=1,
+        max_size=5,
+    )
+)
 def test_the_same_place_is_the_same_row(choices):
     tables = torch.arange(3 * 2 * 6.0).view(3, 2, 2, 3)
-    views = {"whole": lambda x: x, "one row": lambda x: x[:1].expand(2, -1, -1), "turned": lambda x: x.flip(0)}
+    views = {
+        "whole": lambda x: x,
+        "one row": lambda x: x[:1].expand(2, -1, -1),
+        "turned": lambda x: x.flip(0),
+    }
     parts = [views[how](tables[i]) for i, how in choices]
-    first, index = distinct_rows(parts)
+    first, index = unique_text_rows(parts)
     everyone = torch.cat(parts)
     assert torch.equal(everyone[first][index], everyone)
-    assert first.tolist() == sorted(set(first.tolist())) and set(index.tolist()) == set(range(len(first)))
+    assert first.tolist() == sorted(set(first.tolist())) and set(index.tolist()) == set(
+        range(len(first))
+    )
     if all(how != "turned" for _, how in choices):  # a turned copy is a new place
         assert len(first) == len(everyone.unique(dim=0))
 
 
 def test_rows_of_other_strides_are_other_rows():
     x = torch.rand(2, 3, 3)
-    assert len(distinct_rows([x, x.transpose(1, 2)])[0]) == 4
+    assert len(unique_text_rows([x, x.transpose(1, 2)])[0]) == 4
 
 
 def test_a_unet_of_another_kind_is_refused():
     unet = random_pipeline().unet
-    unet.set_attn_processor(type("Other", (), {"__call__": lambda self, attn, hidden_states, **rest: hidden_states})())
+    unet.set_attn_processor(
+        type("Other", (), {"__call__": lambda self, attn, hidden_states, **rest: hidden_states})()
+    )
     with pytest.raises(UsageError, match="shared_text is true for a U-Net with Other"):
         share_text(unet)
 
@@ -177,9 +237,12 @@ def test_frozen_weights_keep_and_get_nothing():
             kept = live.now
             latents.sum().backward()
         return kept, live.now
+
     frozen, learning = spent(vae), spent(copy.deepcopy(vae).requires_grad_(True))
     assert frozen[0] < learning[0] and all(weight.grad is None for weight in vae.parameters())
-    assert learning[1] - frozen[1] >= sum(weight.nbytes for weight in vae.encoder.parameters())  # the gradients that we do without
+    assert learning[1] - frozen[1] >= sum(
+        weight.nbytes for weight in vae.encoder.parameters()
+    )  # the gradients that we do without
 
 
 def test_checkpoints_keep_less_and_give_the_same_gradient():
@@ -205,8 +268,13 @@ def test_checkpoints_keep_less_and_give_the_same_gradient():
 @pytest.mark.parametrize("gigabytes", MEMORY_PRESETS)
 def test_flags_of_a_preset_are_the_preset(gigabytes):
     preset = MEMORY_PRESETS[gigabytes]
-    assert parse(["train", "--preset", "paper", *preset.flags.split()]).settings == preset.applied(paper())
-    assert replace(preset.applied(TrainSettings()), prompts=4, prior_settings=PriorSettings()) == TrainSettings()
+    assert parse(["train", "--preset", "paper", *preset.flags.split()]).settings == preset.applied(
+        paper()
+    )
+    assert (
+        replace(preset.applied(TrainSettings()), prompts_per_step=4, prior_settings=PriorSettings())
+        == TrainSettings()
+    )
 
 
 def test_live_bytes_of_a_view_of_what_was_there():

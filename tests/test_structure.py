@@ -1,4 +1,4 @@
-"""The house rules that no notebook can check about itself: the exported library imports and names nothing that is not there,
+"""What no notebook can check about itself: the exported library imports and names nothing that is missing,
 imports point back, and every generated file is what its source makes it."""
 
 import ast
@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections import Counter, defaultdict
 from functools import cache
 from pathlib import Path
 
@@ -15,15 +16,28 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 NBS, LIB = ROOT / "nbs", ROOT / "scaledreamer"
-NOTEBOOKS = sorted(path for path in NBS.rglob("*.ipynb") if not any(part.startswith((".", "_")) for part in path.relative_to(NBS).parts))
-SPACE = ("camera", "field", "render", "generator")  # the 3D arm knows nothing of the 2D one, only `train` joins the two:
-IMAGE = ("prior", "curve", "distill")  # of these it sees no more than
-SHARED = "scaledreamer.prior.base"  # what a text is
+NOTEBOOKS = sorted(
+    path
+    for path in NBS.rglob("*.ipynb")
+    if not any(part.startswith((".", "_")) for part in path.relative_to(NBS).parts)
+)
+SPACE = ("camera", "field", "render", "generator")  # 3D stages know nothing of the 2D ones
+IMAGE = ("prior", "distill", "noise_error")  # except the following module; `train` joins the two
+SHARED = "scaledreamer.prior.base"  # what a text embedding is
 
 
 def run(*command: object, cwd: Path = ROOT) -> subprocess.CompletedProcess:
-    found = {"PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])}
-    return subprocess.run([str(c) for c in command], cwd=cwd, env=os.environ | found, capture_output=True, text=True, check=False)
+    found = {
+        "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+    }
+    return subprocess.run(
+        [str(c) for c in command],
+        cwd=cwd,
+        env=os.environ | found,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
 
 
 def name(path: Path) -> str:
@@ -63,20 +77,30 @@ def module(path: Path) -> str | None:
 ROOMS = {module(path): path for path in NOTEBOOKS if module(path)}
 
 
-def place(path: Path) -> tuple[str, str]:
-    "The (NN, MM) of a notebook; index.ipynb is before all."
-    return path.parent.name[:2] if path.parent != NBS else "", path.name[:2]
+STAGES = sorted(path for path in NBS.iterdir() if re.match(r"\d", path.name))
+
+
+def place(path: Path) -> tuple[int, int]:
+    "The (stage number, room number) of a notebook; notebooks without numbers come last."
+    numbers = [re.match(r"(\d\d)_", part) for part in (path.parent.name, path.name)]
+    return tuple(int(found[1]) for found in numbers) if all(numbers) else (100, 0)
 
 
 def imported(text: str) -> set[str]:
     "Names of modules of ours that a piece of code imports."
     names = set()
     for node in ast.walk(ast.parse(text)):
-        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "scaledreamer":
+        if (
+            isinstance(node, ast.ImportFrom)
+            and node.module
+            and node.module.split(".")[0] == "scaledreamer"
+        ):
             inner = {f"{node.module}.{alias.name}" for alias in node.names}
             names |= inner if inner & ROOMS.keys() else {node.module}
         elif isinstance(node, ast.Import):
-            names |= {alias.name for alias in node.names if alias.name.split(".")[0] == "scaledreamer"}
+            names |= {
+                alias.name for alias in node.names if alias.name.split(".")[0] == "scaledreamer"
+            }
     return names
 
 
@@ -98,7 +122,17 @@ for name in sys.argv[1:]:
 
 
 def test_every_name_is_there():
-    result = run(sys.executable, "-m", "ruff", "check", "--isolated", "--no-cache", "--select", "F401,F811,F821", LIB)
+    result = run(
+        sys.executable,
+        "-m",
+        "ruff",
+        "check",
+        "--isolated",
+        "--no-cache",
+        "--select",
+        "F401,F811,F821",
+        LIB,
+    )
     assert result.returncode == 0, result.stdout + result.stderr
 
 
@@ -108,6 +142,29 @@ def test_no_module_without_a_notebook():
 
 
 # the notebooks ---------------------------------------------------------------------------------------------------------------
+
+
+def test_every_stage_and_every_room_has_a_number_of_its_own():
+    for folder in (NBS, *STAGES):
+        paths = STAGES if folder == NBS else [path for path in NOTEBOOKS if path.parent == folder]
+        numbers = [re.match(r"(\d\d)_\w", path.name) for path in paths]
+        assert all(numbers), f"{folder.name}: every name starts with two digits and an underscore"
+        assert len({found[1] for found in numbers}) == len(paths), (
+            f"a number twice in {folder.name}"
+        )
+
+
+def test_no_two_modules_and_no_two_public_names_are_spelt_alike():
+    "`from scaledreamer.X import name` means one thing, wherever X is."
+    stems = Counter(path.stem for path in LIB.rglob("*.py") if path.stem != "__init__")
+    assert not [stem for stem, count in stems.items() if count > 1], "modules spelt alike"
+    places = defaultdict(list)
+    for path in LIB.rglob("*.py"):
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__":
+                for exported_name in ast.literal_eval(node.value):
+                    places[exported_name].append(path.relative_to(LIB).as_posix())
+    assert not {key: where for key, where in places.items() if len(where) > 1}, "names spelt alike"
 
 
 @pytest.mark.parametrize("path", ROOMS.values(), ids=name)
@@ -121,18 +178,26 @@ def test_imports_point_back(path):
         assert other in ROOMS, f"{name(path)} imports {other}, which no notebook exports"
         assert place(ROOMS[other]) < place(path), f"{name(path)} imports {other}, which comes later"
         stage, seen = path.parent.name[3:], other.split(".")[1]
-        assert stage not in SPACE or seen not in IMAGE or other == SHARED, f"{name(path)} imports {other} of the 2D arm"
+        assert stage not in SPACE or seen not in IMAGE or other == SHARED, (
+            f"{name(path)} imports {other} of the 2D arm"
+        )
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=name)
 def test_sizes(path):
     assert path.stat().st_size <= 400_000
-    assert sum(len(text.splitlines()) for text in code(path)) <= 250, "more than 250 lines of code: split the room"
+    assert sum(len(text.splitlines()) for text in code(path)) <= 400, (
+        "more than 400 lines of code: split the room"
+    )
     for text in exported(path):
         lines = [line for line in text.splitlines() if line.strip() and not line.startswith("#|")]
-        assert len(lines) <= 40, f"an export cell of {len(lines)} lines (house: 40) starts with {lines[0]}"
+        assert len(lines) <= 40, (
+            f"an export cell of {len(lines)} lines (at most 40) starts with {lines[0]}"
+        )
     evidence = sum(map(is_evidence, code(path)))
-    assert evidence >= 0.9 * len(exported(path)), f"{evidence} cells of evidence for {len(exported(path))} exported ones"
+    assert evidence >= 0.9 * len(exported(path)), (
+        f"{evidence} cells of evidence for {len(exported(path))} exported ones"
+    )
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=name)
@@ -152,7 +217,9 @@ def test_nothing_of_one_machine(path):
         shown = {"text/": output.get("text", "")} | output.get("data", {})
         texts += ["".join(value) for kind, value in shown.items() if kind.startswith("text/")]
     for text in texts:
-        assert not re.search(r"(?<![\w./:])/(home|root|work|tmp|Users|mnt|opt|usr|var)/\w", text), text
+        assert not re.search(r"(?<![\w./:])/(home|root|work|tmp|Users|mnt|opt|usr|var)/\w", text), (
+            text
+        )
         assert not re.search(r"\b(CPU times|Wall time)\b|\bit/s\b", text), text
 
 
@@ -160,7 +227,10 @@ def test_nothing_of_one_machine(path):
 
 
 def tree(folder: Path, pattern: str) -> dict[str, bytes]:
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(folder.rglob(pattern))}
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        for path in sorted(folder.rglob(pattern))
+    }
 
 
 def differing(one: dict[str, bytes], other: dict[str, bytes]) -> list[str]:
@@ -182,7 +252,9 @@ def fresh(tmp_path_factory) -> Path:
 
 
 def test_the_library_is_what_the_notebooks_export(fresh):
-    assert not differing(tree(LIB, "*.py"), tree(fresh / "scaledreamer", "*.py")), "run nbdev_export"
+    assert not differing(tree(LIB, "*.py"), tree(fresh / "scaledreamer", "*.py")), (
+        "run nbdev_export"
+    )
 
 
 def test_the_notebooks_are_clean(fresh):
@@ -200,6 +272,11 @@ def test_every_link_leads_somewhere(path):
     text = path.read_text(encoding="utf-8")
     if path.suffix == ".ipynb":
         text = "\n".join(source(cell) for cell in cells(path) if cell["cell_type"] == "markdown")
-    targets = {"".join(found).partition("#")[0] for found in re.findall(r"""\]\(([^)\s]+)\)|\b(?:src|href)="([^"]+)\"""", text)}
+    targets = {
+        "".join(found).partition("#")[0]
+        for found in re.findall(r"""\]\(([^)\s]+)\)|\b(?:src|href)="([^"]+)\"""", text)
+    }
     local = {target for target in targets if target and not re.match(r"[a-z]+:", target)}
-    assert not {target for target in local if not (path.parent / target).exists()}, "links that lead nowhere"
+    assert not {target for target in local if not (path.parent / target).exists()}, (
+        "links that lead nowhere"
+    )

@@ -9,29 +9,40 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from scaledreamer.core.prior_checks import check_method
+from scaledreamer.distill.method_checks import check_method
 from scaledreamer.core.settings import RunError, UsageError
-from scaledreamer.core.tensors import generator
+from scaledreamer.core.tensors import make_rng
 from scaledreamer.distill.estimator import Estimator
 from scaledreamer.distill.later_methods import ism, nfsd, sdi, sds_bridge
 from scaledreamer.distill.methods import Method, asd, csd, sds
-from scaledreamer.distill.timesteps import constant_shift, deterministic_shift, no_shift, random_shift
+from scaledreamer.distill.shift import constant_shift, deterministic_shift, no_shift, random_shift
 from scaledreamer.distill.vsd import esd, vsd
 from scaledreamer.prior.mixture import MixturePrior
 from scaledreamer.prior.schedule import scaled_linear
 from scaledreamer.toy.amortised import ImageMaker, PointMaker
-from scaledreamer.toy.estimator import Learning, PointEstimator
-from scaledreamer.toy.images import image_settings, image_start, shift_strategies
-from scaledreamer.toy.lockstep import Free, Lockstep, ToySettings, make_optimizer, move
-from scaledreamer.toy.measures import covered, energy_distance, gradient_norms, misfit, owners, shares, source_error, spread
+from scaledreamer.toy.point_estimator import Learning, PointEstimator
+from scaledreamer.toy.image_toy import image_settings, image_start, shift_strategies
+from scaledreamer.toy.lockstep import Particles, Lockstep, ToySettings, make_optimizer, move
+from scaledreamer.toy.measures import (
+    mode_coverage,
+    energy_distance,
+    gradient_norms,
+    denoising_residual,
+    owners,
+    mode_shares,
+    source_error,
+    mode_width_ratio,
+)
 from scaledreamer.toy.points import Modes, exact_vsd, modes_of, moons, ring, true_source, uneven
-from scaledreamer.toy.strips import norm_curves, strip
-from scaledreamer.toy.study import draw_end, draw_study, run_images, run_points, save_study
+from scaledreamer.toy.lockstep_strips import norm_curves, strip
+from scaledreamer.toy.study import plot_final, plot_study, run_images, run_points, save_study
 from worlds import DOUBLE
 from worlds import draw as double
 
 WORLD, SCHEDULE = ring(), scaled_linear()
-FEW = ToySettings(steps=40, stride=8, defects="elsewhere", described="elsewhere")
+FEW = ToySettings(
+    steps=40, stride=8, nfsd_negative_prompt="elsewhere", bridge_source_prompt="elsewhere"
+)
 
 
 def draw(*shape, seed=0, dtype=torch.float32):  # toys are made of single numbers
@@ -46,7 +57,18 @@ def learning(method=vsd, count=12, seed=0, **options):
 
 
 def all_methods(count=12):
-    return {"sds": sds, "csd": csd, "asd": asd, "nfsd": nfsd, "bridge": sds_bridge, "sdi": sdi, "ism": ism, "exact": exact_vsd, "vsd": learning(count=count), "esd": learning(esd, count)}
+    return {
+        "sds": sds,
+        "csd": csd,
+        "asd": asd,
+        "nfsd": nfsd,
+        "bridge": sds_bridge,
+        "sdi": sdi,
+        "ism": ism,
+        "exact": exact_vsd,
+        "vsd": learning(count=count),
+        "esd": learning(esd, count),
+    }
 
 
 # the true source -----------------------------------------------------------------------------------------------------------------
@@ -54,21 +76,39 @@ def all_methods(count=12):
 
 @pytest.mark.parametrize("shape", [(2,), (3, 4, 4), (1,)])
 def test_true_source_is_the_gradient_of_the_log_density(shape):
-    particles, x, t = draw(30, *shape, dtype=DOUBLE), draw(6, *shape, seed=1, dtype=DOUBLE).requires_grad_(), torch.tensor([0, 40, 200, 500, 800, 999])
+    particles, x, t = (
+        draw(30, *shape, dtype=DOUBLE),
+        draw(6, *shape, seed=1, dtype=DOUBLE).requires_grad_(),
+        torch.tensor([0, 40, 200, 500, 800, 999]),
+    )
     alpha, sigma = SCHEDULE.alpha(t, x)[:, None], SCHEDULE.sigma(t, x)[:, None]
-    log_density = (-((x[:, None] - alpha * particles) / sigma).square().flatten(2).sum(2) / 2).logsumexp(1)
+    log_density = (
+        -((x[:, None] - alpha * particles) / sigma).square().flatten(2).sum(2) / 2
+    ).logsumexp(1)
     (slope,) = torch.autograd.grad(log_density.sum(), x)
-    torch.testing.assert_close(true_source(particles, x.detach(), t, SCHEDULE), -sigma[:, 0] * slope, rtol=1e-8, atol=1e-9)
+    torch.testing.assert_close(
+        true_source(particles, x.detach(), t, SCHEDULE), -sigma[:, 0] * slope, rtol=1e-8, atol=1e-9
+    )
 
 
 @pytest.mark.parametrize("time", [0, 300, 999])
 def test_the_true_source_of_one_particle_is_the_noise(time):
-    x, noise, t = draw(1, 3, 4, 4, dtype=DOUBLE), draw(1, 3, 4, 4, seed=1, dtype=DOUBLE), torch.tensor([time])
-    torch.testing.assert_close(true_source(x, SCHEDULE.add_noise(x, noise, t), t, SCHEDULE), noise, rtol=1e-8, atol=1e-8)
+    x, noise, t = (
+        draw(1, 3, 4, 4, dtype=DOUBLE),
+        draw(1, 3, 4, 4, seed=1, dtype=DOUBLE),
+        torch.tensor([time]),
+    )
+    torch.testing.assert_close(
+        true_source(x, SCHEDULE.add_noise(x, noise, t), t, SCHEDULE), noise, rtol=1e-8, atol=1e-8
+    )
 
 
 def test_the_true_source_knows_no_order_and_counts_copies():
-    particles, x, t = draw(9, 2, dtype=DOUBLE), draw(4, 2, seed=1, dtype=DOUBLE), torch.tensor([10, 200, 600, 900])
+    particles, x, t = (
+        draw(9, 2, dtype=DOUBLE),
+        draw(4, 2, seed=1, dtype=DOUBLE),
+        torch.tensor([10, 200, 600, 900]),
+    )
     whole = true_source(particles, x, t, SCHEDULE)
     torch.testing.assert_close(true_source(particles.flip(0), x, t, SCHEDULE), whole)
     torch.testing.assert_close(true_source(particles.repeat(3, 1), x, t, SCHEDULE), whole)
@@ -78,17 +118,32 @@ def test_exact_vsd_rests_on_the_targets_own_samples():
     "Its two terms agree up to the finite number of particles; a method with another source does not rest."
     target = modes_of(WORLD, "ring")
     n = 3000
-    pair = Lockstep(WORLD, {"exact": partial(exact_vsd, guidance=1.0), "sds": partial(sds, guidance=1.0)}, "ring", target.sample(n, generator(0)), ToySettings(steps=10))
+    pair = Lockstep(
+        WORLD,
+        {"exact": partial(exact_vsd, guidance=1.0), "sds": partial(sds, guidance=1.0)},
+        "ring",
+        target.sample(n, make_rng(0)),
+        ToySettings(steps=10),
+    )
     asked = pair.step()
     assert source_error(asked, "exact", WORLD) == 0
-    assert asked.scores["exact"].gradient.square().mean() < 0.01 * asked.scores["sds"].gradient.square().mean()
+    assert (
+        asked.scores["exact"].gradient.square().mean()
+        < 0.01 * asked.scores["sds"].gradient.square().mean()
+    )
 
 
 def test_shifted_particles_go_back():
     "The mean gradient points from the target to particles that were moved as a whole."
-    target = modes_of(WORLD, "ring").sample(1000, generator(0))
+    target = modes_of(WORLD, "ring").sample(1000, make_rng(0))
     for shift in ([0.3, 0.0], [0.0, -0.3]):
-        run = Lockstep(WORLD, {"exact": partial(exact_vsd, guidance=1.0)}, "ring", target + torch.tensor(shift), ToySettings(steps=10))
+        run = Lockstep(
+            WORLD,
+            {"exact": partial(exact_vsd, guidance=1.0)},
+            "ring",
+            target + torch.tensor(shift),
+            ToySettings(steps=10),
+        )
         mean = run.step().scores["exact"].gradient.mean(0)
         assert torch.nn.functional.cosine_similarity(mean, torch.tensor(shift), dim=0) > 0.98
 
@@ -96,10 +151,19 @@ def test_shifted_particles_go_back():
 # worlds --------------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("prior, text", [(ring(), "ring"), (ring(6), "ring, odd"), (moons(), "moons"), (uneven(), "uneven"), (ring(), "")])
+@pytest.mark.parametrize(
+    "prior, text",
+    [
+        (ring(), "ring"),
+        (ring(6), "ring, odd"),
+        (moons(), "moons"),
+        (uneven(), "uneven"),
+        (ring(), ""),
+    ],
+)
 def test_samples_have_the_moments_of_the_mixture(prior, text):
     target = modes_of(prior, text)
-    x, mean = target.sample(40_000, generator(0)), target.weights @ target.means
+    x, mean = target.sample(40_000, make_rng(0)), target.weights @ target.means
     torch.testing.assert_close(x.mean(0), mean, rtol=0, atol=0.03)
     spread_out = target.weights @ (target.means - mean).square() + target.std**2
     torch.testing.assert_close(x.var(0), spread_out, rtol=0.05, atol=0.01)
@@ -110,19 +174,25 @@ def test_what_is_elsewhere_has_the_rings_moments(text):
     some, other = modes_of(WORLD, text), modes_of(WORLD, "elsewhere")
     for modes in (some, other):
         torch.testing.assert_close(modes.weights @ modes.means, torch.zeros(2), rtol=0, atol=1e-5)
-        torch.testing.assert_close((modes.means.T * modes.weights) @ modes.means, 1.125 * torch.eye(2), rtol=0, atol=1e-5)
+        torch.testing.assert_close(
+            (modes.means.T * modes.weights) @ modes.means, 1.125 * torch.eye(2), rtol=0, atol=1e-5
+        )
 
 
 def test_fast_tokens_are_the_slow_ones():
     "Groups of equal texts, in runs or mixed, against one item at a time."
     texts = ["ring", "", "ring, even", "ring", "ring", "elsewhere", "", "ring, odd"] * 5
-    x, t = draw(40, 2), torch.randint(0, 1000, (40,), generator=generator(1))
+    x, t = draw(40, 2), torch.randint(0, 1000, (40,), generator=make_rng(1))
     tokens = WORLD.encode_text(texts).tokens
     whole, density = WORLD.predict_noise(x, t, tokens), WORLD.log_density(x, t, tokens)
     for i in range(40):
         item = slice(i, i + 1)
-        torch.testing.assert_close(WORLD.predict_noise(x[item], t[item], tokens[item]), whole[item], rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(WORLD.log_density(x[item], t[item], tokens[item]), density[item], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(
+            WORLD.predict_noise(x[item], t[item], tokens[item]), whole[item], rtol=1e-4, atol=1e-5
+        )
+        torch.testing.assert_close(
+            WORLD.log_density(x[item], t[item], tokens[item]), density[item], rtol=1e-4, atol=1e-4
+        )
 
 
 @pytest.mark.parametrize("modes", [0, 1, 5])
@@ -148,26 +218,36 @@ def test_energy_distance_by_brute_force(n, m, d, seed):
 
 
 def test_measures_know_no_order():
-    x, target, order = draw(200, 2), modes_of(WORLD, "ring"), torch.randperm(200, generator=generator(3))
-    for measure in (covered, spread):
+    x, target, order = (
+        draw(200, 2),
+        modes_of(WORLD, "ring"),
+        torch.randperm(200, generator=make_rng(3)),
+    )
+    for measure in (mode_coverage, mode_width_ratio):
         assert measure(x, target) == pytest.approx(measure(x[order], target), rel=1e-12)
-    torch.testing.assert_close(shares(x, target), shares(x[order], target))
+    torch.testing.assert_close(mode_shares(x, target), mode_shares(x[order], target))
 
 
 @pytest.mark.parametrize("scale", [0.3, 0.6, 1.0])
 def test_spread_is_the_width_of_the_modes(scale):
     target = modes_of(WORLD, "ring")
-    narrow = Modes(target.means, target.weights, scale * target.std).sample(20_000, generator(0))
-    cut = 1 - 4.5 * torch.tensor(-4.5).exp() / (1 - torch.tensor(-4.5).exp()) if scale == 1 else torch.tensor(1.0)  # a Gaussian cut off at 3 std
-    assert spread(narrow, target) == pytest.approx(scale * float(cut.sqrt()), rel=0.02)
+    narrow = Modes(target.means, target.weights, scale * target.std).sample(20_000, make_rng(0))
+    cut = (
+        1 - 4.5 * torch.tensor(-4.5).exp() / (1 - torch.tensor(-4.5).exp())
+        if scale == 1
+        else torch.tensor(1.0)
+    )  # a Gaussian cut off at 3 std
+    assert mode_width_ratio(narrow, target) == pytest.approx(scale * float(cut.sqrt()), rel=0.02)
 
 
 def test_ownership():
     target = modes_of(uneven(), "uneven")
-    nearest, owned = owners(torch.cat([target.means, target.means + 0.44, target.means * 0]), target)
+    nearest, owned = owners(
+        torch.cat([target.means, target.means + 0.44, target.means * 0]), target
+    )
     assert nearest[:4].tolist() == [0, 1, 2, 3] and owned[:4].all() and not owned[4:].any()
-    assert covered(target.means[[0, 0, 1, 2]], target) == 0.75
-    assert spread(torch.zeros(5, 2), target) is None
+    assert mode_coverage(target.means[[0, 0, 1, 2]], target) == 0.75
+    assert mode_width_ratio(torch.zeros(5, 2), target) is None
 
 
 @pytest.mark.parametrize("sizes", [(1, 5), (5, 1)])
@@ -177,10 +257,18 @@ def test_the_unbiased_distance_wants_two(sizes):
 
 
 def test_norms_add_up():
-    asked = Lockstep(WORLD, {"csd": csd, "asd": asd, "asd, 1": partial(asd, guidance=1.0)}, "ring", draw(50, 2), FEW).step()
+    asked = Lockstep(
+        WORLD,
+        {"csd": csd, "asd": asd, "asd, 1": partial(asd, guidance=1.0)},
+        "ring",
+        draw(50, 2),
+        FEW,
+    ).step()
     found = {name: gradient_norms(score) for name, score in asked.scores.items()}
     assert found["csd"]["rest"] < 1e-6 * found["csd"]["norm"] + 1e-9
-    assert found["asd, 1"]["classifier"] < 1e-6 and found["asd, 1"]["norm"] == pytest.approx(found["asd"]["rest"], rel=1e-3)
+    assert found["asd, 1"]["classifier"] < 1e-6 and found["asd, 1"]["norm"] == pytest.approx(
+        found["asd"]["rest"], rel=1e-3
+    )
     assert found["asd"]["classifier"] == pytest.approx(6.5 * found["csd"]["norm"], rel=1e-3)
 
 
@@ -188,7 +276,12 @@ def test_misfit_of_a_point_is_its_distance():
     "One component of width 0: the prior's guess is that component, whatever the noise."
     prior = MixturePrior({"a": torch.zeros(1, 3, 4, 4)}, std=0.0)
     x = draw(5, 3, 4, 4)
-    torch.testing.assert_close(misfit(prior, x, prior.encode_text(["a"] * 5).tokens, generator(0)), x.flatten(1).square().mean(1).sqrt(), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        denoising_residual(prior, x, prior.encode_text(["a"] * 5).tokens, make_rng(0)),
+        x.flatten(1).square().mean(1).sqrt(),
+        rtol=1e-4,
+        atol=1e-5,
+    )
 
 
 # lock-step -----------------------------------------------------------------------------------------------------------------------
@@ -200,28 +293,46 @@ def test_together_is_each_alone_bit_for_bit(optimizer, one_t):
     how = replace(FEW, optimizer=optimizer, one_t=one_t, lr=0.02)
     together = Lockstep(WORLD, all_methods(), "ring", draw(12, 2), how).run(20)
     for name in together.methods:
-        alone = Lockstep(WORLD, {name: all_methods()[name]}, "ring", draw(12, 2), how).run(7).run(13)
+        alone = (
+            Lockstep(WORLD, {name: all_methods()[name]}, "ring", draw(12, 2), how).run(7).run(13)
+        )
         assert torch.equal(alone.points[name], together.points[name]), name
         for a, b in zip(alone.frames, together.frames, strict=True):
             assert a.step == b.step and torch.equal(a.t, b.t) and a.norms[name] == b.norms[name]
-            assert torch.equal(a.points[name], b.points[name]) and torch.equal(a.gradients[name], b.gradients[name])
+            assert torch.equal(a.points[name], b.points[name]) and torch.equal(
+                a.gradients[name], b.gradients[name]
+            )
 
 
 def test_the_seed_decides():
-    runs = [Lockstep(WORLD, {"asd": asd}, "ring", draw(12, 2), replace(FEW, seed=seed)).run(10).points["asd"] for seed in (0, 0, 1)]
+    runs = [
+        Lockstep(WORLD, {"asd": asd}, "ring", draw(12, 2), replace(FEW, seed=seed))
+        .run(10)
+        .points["asd"]
+        for seed in (0, 0, 1)
+    ]
     assert torch.equal(runs[0], runs[1]) and not torch.equal(runs[0], runs[2])
 
 
 def test_one_t_is_one():
-    assert Lockstep(WORLD, {"csd": csd}, "ring", draw(12, 2), replace(FEW, one_t=True)).step().draw.t.unique().numel() == 1
+    assert (
+        Lockstep(WORLD, {"csd": csd}, "ring", draw(12, 2), replace(FEW, one_t=True))
+        .step()
+        .draw.t.unique()
+        .numel()
+        == 1
+    )
 
 
 def test_plain_steps_are_gradient_descent():
-    start, run = draw(12, 2), Lockstep(WORLD, {"asd": asd}, "ring", draw(12, 2), replace(FEW, optimizer="sgd", lr=0.1))
+    start, run = (
+        draw(12, 2),
+        Lockstep(WORLD, {"asd": asd}, "ring", draw(12, 2), replace(FEW, optimizer="sgd", lr=0.1)),
+    )
     gradient = run.step().scores["asd"].gradient
     torch.testing.assert_close(run.points["asd"], start - 0.1 * gradient, rtol=0, atol=1e-6)
-    free = Free(start)
-    move(free(generator(0)), gradient, make_optimizer(free, replace(FEW, optimizer="sgd")), 0.5)
+    free = Particles(start)
+    move(free(make_rng(0)), gradient, make_optimizer(free, replace(FEW, optimizer="sgd")), 0.5)
     torch.testing.assert_close(free.items.detach(), start - 0.5 * gradient, rtol=0, atol=1e-6)
 
 
@@ -231,18 +342,36 @@ def test_frames_are_before_the_step_and_keep_their_values():
     torch.testing.assert_close(run.frames[0].points["csd"], draw(12, 2), rtol=0, atol=0)
     assert not torch.equal(run.frames[2].points["csd"], run.points["csd"])
     for frame in run.frames:
-        assert frame.norms["csd"] == pytest.approx(float(frame.gradients["csd"].norm(dim=1).mean()), rel=1e-6)
+        assert frame.norms["csd"] == pytest.approx(
+            float(frame.gradients["csd"].norm(dim=1).mean()), rel=1e-6
+        )
         assert not frame.points["csd"].requires_grad and not frame.gradients["csd"].requires_grad
 
 
 def test_laws_of_shift():
-    laws = {"none": no_shift, "far": deterministic_shift(0.5), "constant": constant_shift(30)}
-    run = Lockstep(WORLD, {name: asd for name in (*laws, "own")}, "ring", draw(12, 2), FEW, laws)
+    shift_schedules = {
+        "none": no_shift,
+        "far": deterministic_shift(0.5),
+        "constant": constant_shift(30),
+    }
+    run = Lockstep(
+        WORLD,
+        {name: asd for name in (*shift_schedules, "own")},
+        "ring",
+        draw(12, 2),
+        FEW,
+        shift_schedules,
+    )
     asked = run.step()
     shift = {name: score.t_shifted - score.t for name, score in asked.scores.items()}
     assert (shift["none"] == 0).all() and (shift["far"] >= shift["own"]).all()
     assert ((shift["constant"] == 30) | (asked.scores["constant"].t_shifted == 999)).all()
-    torch.testing.assert_close(asked.scores["none"].gradient, 6.5 * csd(WORLD, asked.points["none"], run.text, asked.draw.t, asked.draw.noise).gradient, rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(
+        asked.scores["none"].gradient,
+        6.5 * csd(WORLD, asked.points["none"], run.text, asked.draw.t, asked.draw.noise).gradient,
+        rtol=1e-3,
+        atol=1e-5,
+    )
 
 
 class Broken:
@@ -254,15 +383,22 @@ class Broken:
 
     def predict_noise(self, x_t, t, tokens, camera=None):
         self.good -= 1
-        return WORLD.predict_noise(x_t, t, tokens, camera) * (1.0 if self.good >= 0 else float("nan"))
+        return WORLD.predict_noise(x_t, t, tokens, camera) * (
+            1.0 if self.good >= 0 else float("nan")
+        )
 
 
 def test_nan_of_a_prior_stops_the_run_and_keeps_everything():
     run = Lockstep(Broken(2 * 11), {"csd": csd, "asd": asd}, "ring", draw(12, 2), FEW)
-    with pytest.raises(RunError, match=r"step 11: the gradient of csd is not finite at t = \d+ and 11 more; kept are 2 frames up to step 8"):
+    with pytest.raises(
+        RunError,
+        match=r"step 11: the gradient of csd is not finite at t = \d+ and 11 more; kept are 2 frames up to step 8",
+    ):
         run.run(40)
     good = Lockstep(WORLD, {"csd": csd, "asd": asd}, "ring", draw(12, 2), FEW).run(11)
-    assert run.done == 11 and all(torch.equal(run.points[name], good.points[name]) for name in good.methods)
+    assert run.done == 11 and all(
+        torch.equal(run.points[name], good.points[name]) for name in good.methods
+    )
     with pytest.raises(RunError, match="kept are no frame"):
         Lockstep(Broken(0), {"csd": csd}, "ring", draw(12, 2), FEW).run(1)
 
@@ -275,7 +411,9 @@ def test_an_interrupt_keeps_the_frames():
     run = Lockstep(WORLD, {"csd": csd}, "ring", draw(12, 2), FEW).run(40, on_step=stop)
     assert run.done == 10 and [frame.step for frame in run.frames] == [0, 8]
     rest = run.run(10).points["csd"]
-    assert torch.equal(rest, Lockstep(WORLD, {"csd": csd}, "ring", draw(12, 2), FEW).run(20).points["csd"])
+    assert torch.equal(
+        rest, Lockstep(WORLD, {"csd": csd}, "ring", draw(12, 2), FEW).run(20).points["csd"]
+    )
 
 
 @pytest.mark.parametrize(
@@ -290,12 +428,27 @@ def test_an_interrupt_keeps_the_frames():
     ],
 )
 def test_what_a_lock_step_refuses(change, says):
-    given = {"prior": WORLD, "methods": {"csd": csd}, "text": "ring", "start": draw(12, 2), "settings": FEW} | change
+    given = {
+        "prior": WORLD,
+        "methods": {"csd": csd},
+        "text": "ring",
+        "start": draw(12, 2),
+        "settings": FEW,
+    } | change
     with pytest.raises(UsageError, match=says):
         Lockstep(**given)
 
 
-@pytest.mark.parametrize("change, says", [({"steps": 0}, "steps is 0"), ({"stride": 0}, "stride is 0"), ({"seed": -1}, "seed is -1"), ({"lr": float("nan")}, "lr is nan"), ({"lr": -1.0}, "lr is -1")])
+@pytest.mark.parametrize(
+    "change, says",
+    [
+        ({"steps": 0}, "steps is 0"),
+        ({"stride": 0}, "stride is 0"),
+        ({"seed": -1}, "seed is -1"),
+        ({"lr": float("nan")}, "lr is nan"),
+        ({"lr": -1.0}, "lr is -1"),
+    ],
+)
 def test_settings_that_cannot_be(change, says):
     with pytest.raises(UsageError, match=says):
         replace(FEW, **change)
@@ -307,7 +460,13 @@ def test_eta_and_dt_out_of_range():
     with pytest.raises(UsageError, match="dt is -1"):
         constant_shift(-1)
     with pytest.raises(UsageError, match="asd has no t_shifted"):
-        asd(WORLD, draw(1, 2), Lockstep(WORLD, {"csd": csd}, "ring", draw(1, 2), FEW).text, torch.tensor([5]), draw(1, 2))
+        asd(
+            WORLD,
+            draw(1, 2),
+            Lockstep(WORLD, {"csd": csd}, "ring", draw(1, 2), FEW).text,
+            torch.tensor([5]),
+            draw(1, 2),
+        )
 
 
 def test_strips():
@@ -330,17 +489,33 @@ def test_the_estimator_starts_as_a_standard_normal_and_keeps_items_apart():
     x, tokens = draw(3, 2), WORLD.encode_text(["ring", "", "elsewhere"]).tokens
     assert isinstance(net, Estimator) and isinstance(Learning(csd, net), Method)
     torch.testing.assert_close(net.predict_noise(x, t, tokens), WORLD.schedule.sigma(t, x) * x)
-    torch.nn.init.normal_(net.net[-1].weight, generator=generator(0))
+    torch.nn.init.normal_(net.net[-1].weight, generator=make_rng(0))
     whole = net.predict_noise(x, t, tokens)
     for i in range(3):
-        torch.testing.assert_close(net.predict_noise(x[i : i + 1], t[i : i + 1], tokens[i : i + 1]), whole[i : i + 1])
+        torch.testing.assert_close(
+            net.predict_noise(x[i : i + 1], t[i : i + 1], tokens[i : i + 1]), whole[i : i + 1]
+        )
 
 
 def test_an_estimator_learns_the_true_source():
     "Particles that stand still at two points; the error falls to a small part of what it was."
     start = torch.tensor([[-1.0, 0.0], [1.0, 0.0]]).repeat(40, 1)
-    run = Lockstep(WORLD, {"vsd": Learning(partial(vsd, estimator=(net := PointEstimator(WORLD.schedule, 3)), guidance=1.0), net)}, "ring", start, ToySettings(steps=500, lr=1e-12))
-    errors = [source_error(asked, "vsd", WORLD) if asked.step in (0, *range(480, 500)) else None for asked in (run.step() for _ in range(500))]
+    run = Lockstep(
+        WORLD,
+        {
+            "vsd": Learning(
+                partial(vsd, estimator=(net := PointEstimator(WORLD.schedule, 3)), guidance=1.0),
+                net,
+            )
+        },
+        "ring",
+        start,
+        ToySettings(steps=500, lr=1e-12),
+    )
+    errors = [
+        source_error(asked, "vsd", WORLD) if asked.step in (0, *range(480, 500)) else None
+        for asked in (run.step() for _ in range(500))
+    ]
     assert 0 < sum(errors[480:]) / 20 < 0.1 * errors[0]
 
 
@@ -354,12 +529,22 @@ def test_methods_keep_their_contract():
 def test_makers():
     rows = WORLD.encode_text(["ring, even", "ring, odd"] * 3).pooled
     maker = PointMaker(rows)
-    assert torch.equal(maker(generator(1)), torch.randn(6, 4, generator=generator(1))[:, :2])
-    together = Lockstep(WORLD, {"csd": csd, "asd": asd}, ["ring, even", "ring, odd"] * 3, lambda: PointMaker(rows), FEW).run(9)
-    alone = Lockstep(WORLD, {"asd": asd}, ["ring, even", "ring, odd"] * 3, lambda: PointMaker(rows), FEW).run(9)
+    assert torch.equal(maker(make_rng(1)), torch.randn(6, 4, generator=make_rng(1))[:, :2])
+    together = Lockstep(
+        WORLD,
+        {"csd": csd, "asd": asd},
+        ["ring, even", "ring, odd"] * 3,
+        lambda: PointMaker(rows),
+        FEW,
+    ).run(9)
+    alone = Lockstep(
+        WORLD, {"asd": asd}, ["ring, even", "ring, odd"] * 3, lambda: PointMaker(rows), FEW
+    ).run(9)
     assert torch.equal(together.points["asd"], alone.points["asd"])
     images = MixturePrior({"a": draw(3, 3, 8, 8), "b": draw(2, 3, 8, 8, seed=1)})
-    run = Lockstep(images, {"asd": asd}, ["a", "b"], lambda: ImageMaker(torch.eye(2), (3, 8, 8)), ToySettings())
+    run = Lockstep(
+        images, {"asd": asd}, ["a", "b"], lambda: ImageMaker(torch.eye(2), (3, 8, 8)), ToySettings()
+    )
     before = run.points["asd"]
     assert before.shape == (2, 3, 8, 8) and not torch.equal(run.run(3).points["asd"], before)
     with pytest.raises(UsageError, match="latents of side 6"):
@@ -368,18 +553,38 @@ def test_makers():
 
 # images, studies -----------------------------------------------------------------------------------------------------------------
 
-IMAGES = MixturePrior({"a": draw(5, 3, 8, 8).clamp(-1, 1), "b": draw(5, 3, 8, 8, seed=1).clamp(-1, 1)}, std=0.1)
+IMAGES = MixturePrior(
+    {"a": draw(5, 3, 8, 8).clamp(-1, 1), "b": draw(5, 3, 8, 8, seed=1).clamp(-1, 1)}, std=0.1
+)
 
 
 def test_without_a_shift_the_background_stays():
     "What the two texts agree on, CSD never touches; the shift does. Half of each image is the same in all components."
-    means = {c: torch.cat([IMAGES.components.table[i : i + 5].view(5, 3, 8, 8)[..., :4], torch.zeros(5, 3, 8, 4)], 3) for c, i in (("a", 0), ("b", 5))}
+    means = {
+        c: torch.cat(
+            [IMAGES.components.table[i : i + 5].view(5, 3, 8, 8)[..., :4], torch.zeros(5, 3, 8, 4)],
+            3,
+        )
+        for c, i in (("a", 0), ("b", 5))
+    }
     prior = MixturePrior(means, std=0.1)
-    laws = shift_strategies(0.1, 50)
+    shift_schedules = shift_strategies(0.1, 50)
     start = image_start(prior, 2)
-    run = Lockstep(prior, {name: asd for name in laws}, "a", start, image_settings(60), laws).run(60)
-    left = {name: float(x[..., 4:].square().mean() / start[..., 4:].square().mean()) for name, x in run.points.items()}
-    assert left["none"] > 0.9 and all(left[name] < 0.6 for name in laws if name != "none"), left
+    run = Lockstep(
+        prior,
+        {name: asd for name in shift_schedules},
+        "a",
+        start,
+        image_settings(60),
+        shift_schedules,
+    ).run(60)
+    left = {
+        name: float(x[..., 4:].square().mean() / start[..., 4:].square().mean())
+        for name, x in run.points.items()
+    }
+    assert left["none"] > 0.9 and all(
+        left[name] < 0.6 for name in shift_schedules if name != "none"
+    ), left
 
 
 def test_images_refuse_none():
@@ -391,7 +596,9 @@ def test_a_study_of_points(tmp_path):
     def methods(seed):
         return {"sds": sds, "vsd": learning(seed=seed), "exact": partial(exact_vsd, guidance=1.0)}
 
-    study = run_points(methods, [0, 1], count=30, settings=replace(FEW, steps=12), every=5, show=False)
+    study = run_points(
+        methods, [0, 1], count=30, settings=replace(FEW, steps=12), every=5, show=False
+    )
     assert study["steps"] == [0, 5, 10, 11] and study["seeds"] == [0, 1]
     assert study["methods"]["exact"]["end"]["source error"] == [0.0, 0.0]
     again = run_points(methods, [1], count=30, settings=replace(FEW, steps=12), every=5, show=False)
@@ -401,22 +608,39 @@ def test_a_study_of_points(tmp_path):
     save_study(study, tmp_path / "deep" / "toy.json")
     read = json.loads((tmp_path / "deep" / "toy.json").read_text())
     assert read == study
-    assert len(draw_study(read).axes) == 7 and len(draw_end(read).axes) == 3
+    assert len(plot_study(read).axes) == 7 and len(plot_final(read).axes) == 3
     with pytest.raises(UsageError, match="no \\['speed'\\]"):
-        draw_study(read, ["speed"])
+        plot_study(read, ["speed"])
     with pytest.raises(UsageError, match="0 seeds"):
         run_points(methods, [], show=False)
 
 
 def test_a_study_of_images(tmp_path):
-    study = run_images(lambda seed: {"sds": sds, "none": asd}, [3], IMAGES, "a", count=2, settings=image_settings(6), every=3, laws={"none": no_shift}, show=False)
+    study = run_images(
+        lambda seed: {"sds": sds, "none": asd},
+        [3],
+        IMAGES,
+        "a",
+        count=2,
+        settings=image_settings(6),
+        every=3,
+        shift_schedules={"none": no_shift},
+        show=False,
+    )
     assert study["steps"] == [0, 3, 5] and set(study["images"]) == {"sds", "none"}
     save_study(study, tmp_path / "toy.json")
-    assert len(draw_end(json.loads((tmp_path / "toy.json").read_text())).axes) == 2
+    assert len(plot_final(json.loads((tmp_path / "toy.json").read_text())).axes) == 2
 
 
 def test_random_laws_of_one_step_draw_one_place():
-    run = Lockstep(WORLD, {"near": asd, "far": asd}, "ring", draw(40, 2), FEW, {"near": random_shift(0.1), "far": random_shift(0.4)})
+    run = Lockstep(
+        WORLD,
+        {"near": asd, "far": asd},
+        "ring",
+        draw(40, 2),
+        FEW,
+        {"near": random_shift(0.1), "far": random_shift(0.4)},
+    )
     near, far = (score.t_shifted - score.t for score in run.step().scores.values())
-    room = (run.asked.draw.t.float() - 20) * 0.4 < 999 - run.asked.draw.t
+    room = (run.latest.draw.t.float() - 20) * 0.4 < 999 - run.latest.draw.t
     assert (4 * near[room] <= far[room]).all() and (far[room] - 4 * near[room] <= 4).all()

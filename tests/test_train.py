@@ -12,15 +12,21 @@ import pytest
 import torch
 from torch import nn
 
-from scaledreamer.commands.cli import main
+from scaledreamer.commands.cli import run_command
 from scaledreamer.core.settings import RunError, UsageError, from_json, to_json
 from scaledreamer.distill.estimator import LoRAEstimator
 from scaledreamer.field.background import SolidBackground
 from scaledreamer.field.scene import SphereScene
-from scaledreamer.generator.base import text_vector
+from scaledreamer.generator.generator_base import text_vector
 from scaledreamer.train.checkpoints import checkpoint_steps
-from scaledreamer.text.corpora import number
-from scaledreamer.train.settings import DistillSettings, TrainSettings, make_prior, paper, read_settings
+from scaledreamer.train.corpora import number
+from scaledreamer.train.train_settings import (
+    DistillSettings,
+    TrainSettings,
+    build_prior,
+    paper,
+    read_settings,
+)
 from scaledreamer.train.step import build, step_prompts
 from scaledreamer.train.trainer import open_run, train
 
@@ -32,8 +38,17 @@ ROOT = Path(__file__).resolve().parent.parent
 def settings(tmp_path_factory):
     corpus = tmp_path_factory.mktemp("corpus") / "two.txt"
     corpus.write_text("a red ball\na blue cube\n", encoding="utf-8")
-    return TrainSettings(prior="mixture", corpus=str(corpus), steps=4, prompts=2, resolution=16, log_every=1, validate_every=4, checkpoint_every=2,
-                         distill=DistillSettings(views="words"))
+    return TrainSettings(
+        prior="mixture",
+        corpus=str(corpus),
+        steps=4,
+        prompts_per_step=2,
+        resolution=16,
+        log_every=1,
+        validate_every=4,
+        checkpoint_every=2,
+        distill=DistillSettings(view_prompting="words"),
+    )
 
 
 @pytest.fixture(scope="module")
@@ -51,11 +66,14 @@ def test_run_folder(run, settings):
 
 def test_same_seed_same_run(run, settings, tmp_path):
     train(tmp_path / "again", settings, show=False)
-    assert (tmp_path / "again/metrics.jsonl").read_bytes() == (run.folder / "metrics.jsonl").read_bytes()
+    assert (tmp_path / "again/metrics.jsonl").read_bytes() == (
+        run.folder / "metrics.jsonl"
+    ).read_bytes()
 
 
 def test_an_interrupt_saves_and_resumes_exactly(run, settings, tmp_path):
     "Ctrl-C in the middle of the third step: the step is finished, saved and counted."
+
     def interrupt(step, metrics):
         if step == 2:
             signal.raise_signal(signal.SIGINT)
@@ -64,7 +82,9 @@ def test_an_interrupt_saves_and_resumes_exactly(run, settings, tmp_path):
         train(tmp_path / "cut", settings, on_step=interrupt, show=False)
     assert checkpoint_steps(tmp_path / "cut/checkpoints") == [2, 3]
     train(tmp_path / "cut", settings, resume=True, show=False)
-    assert (tmp_path / "cut/metrics.jsonl").read_bytes() == (run.folder / "metrics.jsonl").read_bytes()
+    assert (tmp_path / "cut/metrics.jsonl").read_bytes() == (
+        run.folder / "metrics.jsonl"
+    ).read_bytes()
     for a, b in zip(open_run(tmp_path / "cut").generator.parameters(), run.generator.parameters()):
         assert torch.equal(a, b)
 
@@ -75,12 +95,16 @@ def test_a_gradient_that_is_not_finite_costs_no_checkpoint(settings, tmp_path, m
 
     def poisoned(*args):
         run = build(*args)
-        run.generator.encoder.table.register_hook(lambda gradient: gradient * (float("nan") if run.step == 3 else 1.0))
+        run.generator.encoder.table.register_hook(
+            lambda gradient: gradient * (float("nan") if run.step == 3 else 1.0)
+        )
         return run
 
     build = module.build
     monkeypatch.setattr("scaledreamer.train.trainer.build", poisoned)
-    with pytest.raises(RunError, match="step 3: the gradient is not finite; the checkpoints are intact"):
+    with pytest.raises(
+        RunError, match="step 3: the gradient is not finite; the checkpoints are intact"
+    ):
         train(tmp_path / "run", settings, show=False)
     monkeypatch.undo()
     assert checkpoint_steps(tmp_path / "run/checkpoints") == [2]
@@ -89,61 +113,116 @@ def test_a_gradient_that_is_not_finite_costs_no_checkpoint(settings, tmp_path, m
 
 def test_a_device_learns_late_of_a_step_that_went_wrong(settings, tmp_path, monkeypatch):
     "Where nobody looks at once, the first bad step is named at the next number read or checkpoint, no weight has moved since, and nothing bad was saved."
-    from scaledreamer.core.watch import Watch
+    from scaledreamer.core.async_metrics import FiniteMonitor
     from scaledreamer.train import step as module
 
     runs, build = [], module.build
 
     def poisoned(*args):
         runs.append(build(*args))
-        runs[-1].generator.encoder.table.register_hook(lambda gradient: gradient * (float("nan") if runs[-1].step == 1 else 1.0))
+        runs[-1].generator.encoder.table.register_hook(
+            lambda gradient: gradient * (float("nan") if runs[-1].step == 1 else 1.0)
+        )
         return runs[-1]
 
     monkeypatch.setattr("scaledreamer.train.trainer.build", poisoned)
-    monkeypatch.setattr(Watch, "glance", lambda self: None)
+    monkeypatch.setattr(FiniteMonitor, "check_if_cheap", lambda self: None)
     weights = []
-    for every, last in ((100, 3), (3, 2)):  # the checkpoint after the fourth step looks, or the log at the fourth
-        with pytest.raises(RunError, match="step 1: the gradient is not finite; the checkpoints are intact"):
-            train(tmp_path / str(every), replace(settings, log_every=every, checkpoint_every=4), on_step=lambda step, told: weights.append(runs[-1].generator.encoder.table.detach().clone()), show=False)
-        assert runs[-1].step == last + 1 and not checkpoint_steps(tmp_path / str(every) / "checkpoints")
+    for every, last in (
+        (100, 3),
+        (3, 2),
+    ):  # the checkpoint after the fourth step looks, or the log at the fourth
+        with pytest.raises(
+            RunError, match="step 1: the gradient is not finite; the checkpoints are intact"
+        ):
+            train(
+                tmp_path / str(every),
+                replace(settings, log_every=every, checkpoint_every=4),
+                on_step=lambda step, told: weights.append(
+                    runs[-1].generator.encoder.table.detach().clone()
+                ),
+                show=False,
+            )
+        assert runs[-1].step == last + 1 and not checkpoint_steps(
+            tmp_path / str(every) / "checkpoints"
+        )
     for run in (weights[:4], weights[4:]):
         assert all(torch.equal(run[0], later) for later in run[1:]) and run[0].isfinite().all()
 
 
 def test_the_memory_told_is_what_is_held(settings):
     from scaledreamer.camera.poses import sample_cameras
-    from scaledreamer.core.tensors import step_generator
-    from scaledreamer.render.memory import held_by_render, render_bytes
+    from scaledreamer.core.tensors import step_rng
+    from scaledreamer.render.render_memory import measure_render_bytes, render_bytes
+
     for budget in (None, 1500):
-        own = replace(settings, prior="tiny-sd", corpus="toybox-15", views=2, resolution=64, render=replace(settings.render, budget=budget))
-        run = build(Path("nowhere"), own, number([("a red ball", "train"), ("a blue cube", "train")]))
-        text, weights = run.prior.encode_text([prompt.text for prompt in run.prompts]), list(run.generator.parameters())
-        asked = (lambda: run.generator(text), weights, sample_cameras(own.cameras, 2, 2, step_generator(0, 0)), 64, own.render)
-        assert 1 / 1.5 < render_bytes(*asked) / held_by_render(*asked)[0] < 1.5
+        own = replace(
+            settings,
+            prior="tiny-sd",
+            corpus="toybox-15",
+            views_per_prompt=2,
+            resolution=64,
+            render=replace(settings.render, train_rays_per_chunk=budget),
+        )
+        run = build(
+            Path("nowhere"), own, number([("a red ball", "train"), ("a blue cube", "train")])
+        )
+        text, weights = (
+            run.prior.encode_text([prompt.text for prompt in run.prompts]),
+            list(run.generator.parameters()),
+        )
+        asked = (
+            lambda: run.generator(text),
+            weights,
+            sample_cameras(own.cameras, 2, 2, step_rng(0, 0)),
+            64,
+            own.render,
+        )
+        assert 1 / 1.5 < render_bytes(*asked) / measure_render_bytes(*asked)[0] < 1.5
 
 
 def test_a_budget_below_one_ray_a_prompt_is_refused(settings):
-    with pytest.raises(UsageError, match="render.budget is 3: expected at least one ray for each of the 4 prompts of a step"):
-        replace(settings, prompts=4, render=replace(settings.render, budget=3))
+    with pytest.raises(
+        UsageError,
+        match="render.budget is 3: expected at least one ray for each of the 4 prompts of a step",
+    ):
+        replace(
+            settings, prompts_per_step=4, render=replace(settings.render, train_rays_per_chunk=3)
+        )
 
 
 def test_published_figures_are_those_of_the_defaults():
-    published = ROOT / "nbs/90_experiments/results/main_job/config.json"
+    published = ROOT / "nbs/99_experiments/results/main_job/config.json"
     assert read_settings(published.read_text(encoding="utf-8")) == TrainSettings()
 
 
 @pytest.mark.parametrize("method", ["vsd", "esd"])
 def test_an_estimator_is_trained_saved_and_resumed_exactly(settings, tmp_path, method):
-    own = replace(settings, prior="tiny-sd", method=method, distill=DistillSettings(estimator_lr=1e-3))
+    own = replace(
+        settings, prior="tiny-sd", method=method, distill=DistillSettings(estimator_lr=1e-3)
+    )
     whole, done = train(tmp_path / "whole", own, show=False), []
-    train(tmp_path / "cut", own, stop=lambda: len(done) == 3, on_step=lambda step, metrics: done.append(step), show=False)
+    train(
+        tmp_path / "cut",
+        own,
+        stop=lambda: len(done) == 3,
+        on_step=lambda step, metrics: done.append(step),
+        show=False,
+    )
     cut = train(tmp_path / "cut", own, resume=True, show=False)
-    assert (tmp_path / "cut/metrics.jsonl").read_bytes() == (tmp_path / "whole/metrics.jsonl").read_bytes()
+    assert (tmp_path / "cut/metrics.jsonl").read_bytes() == (
+        tmp_path / "whole/metrics.jsonl"
+    ).read_bytes()
     assert "loss_estimator" in (tmp_path / "whole/metrics.jsonl").read_text()
     opened, fresh = open_run(tmp_path / "whole"), LoRAEstimator(whole.prior, seed=own.seed)
     for name, weight in whole.estimator.estimator.state_dict().items():
-        assert torch.equal(weight, cut.estimator.estimator.state_dict()[name]) and torch.equal(weight, opened.estimator.estimator.state_dict()[name])
-    assert any(not torch.equal(weight, fresh.state_dict()[name]) for name, weight in opened.estimator.estimator.state_dict().items())
+        assert torch.equal(weight, cut.estimator.estimator.state_dict()[name]) and torch.equal(
+            weight, opened.estimator.estimator.state_dict()[name]
+        )
+    assert any(
+        not torch.equal(weight, fresh.state_dict()[name])
+        for name, weight in opened.estimator.estimator.state_dict().items()
+    )
     (tmp_path / "whole/checkpoints/000004/estimator.safetensors").unlink()
     with pytest.raises(RunError, match="estimator.safetensors cannot be read"):
         open_run(tmp_path / "whole")
@@ -151,8 +230,14 @@ def test_an_estimator_is_trained_saved_and_resumed_exactly(settings, tmp_path, m
 
 @pytest.mark.parametrize("method", ["sds", "csd", "nfsd", "bridge", "sdi", "ism"])
 def test_every_method_trains(settings, tmp_path, method):
-    texts = {"views": "plain", "description": "<az+0> <el+15>", "second_stage": 0.5} if method == "bridge" else {"views": "words", "defects": "a blue cube, side view"}
-    own = replace(settings, steps=2, checkpoint_every=2, method=method, distill=DistillSettings(**texts))
+    texts = (
+        {"views": "plain", "description": "<az+0> <el+15>", "second_stage": 0.5}
+        if method == "bridge"
+        else {"views": "words", "defects": "a blue cube, side view"}
+    )
+    own = replace(
+        settings, steps=2, checkpoint_every=2, method=method, distill=DistillSettings(**texts)
+    )
     train(tmp_path / "run", own, show=False)
     lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert len(lines) == 2 and all(line[f"loss_{method}"] > 0 for line in lines)
@@ -173,6 +258,7 @@ def test_runs_from_before_a_setting_still_open_and_resume(settings, tmp_path):
 
 class Ball(nn.Module):
     "A generator of one's own: a ball a text, with all three things that training asks for."
+
     lr_scale, noise, background = 0.5, 2, SolidBackground()
 
     def __init__(self, width: int):
@@ -196,39 +282,73 @@ def own(settings):
 
 
 def test_a_generator_of_ones_own_trains_resumes_and_opens(own, tmp_path):
-    whole, done = train(tmp_path / "whole", own, show=False, make=Ball), []
+    whole, done = train(tmp_path / "whole", own, show=False, make_generator=Ball), []
     torch.rand(7)  # whatever was drawn before, it starts from the seed
-    cut = train(tmp_path / "cut", own, stop=lambda: len(done) == 3, on_step=lambda step, metrics: done.append(step), show=False, make=Ball)
+    cut = train(
+        tmp_path / "cut",
+        own,
+        stop=lambda: len(done) == 3,
+        on_step=lambda step, metrics: done.append(step),
+        show=False,
+        make_generator=Ball,
+    )
     assert cut.step == 3 and cut.generator.corpus == 2
     assert [tuple(z.shape) for z in cut.generator.noises] == [(2, 2)] * 3
-    resumed = train(tmp_path / "cut", own, resume=True, show=False, make=Ball)
-    assert resumed.step == 4 and (tmp_path / "cut/metrics.jsonl").read_bytes() == (tmp_path / "whole/metrics.jsonl").read_bytes()
-    rows = [json.loads(line) for line in (tmp_path / "whole/metrics.jsonl").read_text().splitlines()]
-    assert [row["lr"] for row in rows] == [own.optim.lr_at(step, own.steps) / 2 for step in range(4)]
+    resumed = train(tmp_path / "cut", own, resume=True, show=False, make_generator=Ball)
+    assert (
+        resumed.step == 4
+        and (tmp_path / "cut/metrics.jsonl").read_bytes()
+        == (tmp_path / "whole/metrics.jsonl").read_bytes()
+    )
+    rows = [
+        json.loads(line) for line in (tmp_path / "whole/metrics.jsonl").read_text().splitlines()
+    ]
+    assert [row["lr"] for row in rows] == [
+        own.optim.lr_at(step, own.steps) / 2 for step in range(4)
+    ]
     torch.manual_seed(own.seed)
-    fresh, opened = Ball(whole.generator.read.in_features), open_run(tmp_path / "cut", make=Ball)
+    fresh, opened = (
+        Ball(whole.generator.read.in_features),
+        open_run(tmp_path / "cut", make_generator=Ball),
+    )
     assert isinstance(opened.generator, Ball) and opened.settings.generator == "my balls"
-    for a, b, start in zip(whole.generator.parameters(), opened.generator.parameters(), fresh.parameters()):
+    for a, b, start in zip(
+        whole.generator.parameters(), opened.generator.parameters(), fresh.parameters()
+    ):
         assert torch.equal(a, b) and not torch.equal(a, start)
     points = torch.rand(1, 9, 3)
-    assert torch.equal(opened.scene(["a blue cube"]).sdf(points), whole.scene(["a blue cube"]).sdf(points))
-    assert open_run(tmp_path / "cut", step=3, make=Ball).step == 3
+    assert torch.equal(
+        opened.scene(["a blue cube"]).sdf(points), whole.scene(["a blue cube"]).sdf(points)
+    )
+    assert open_run(tmp_path / "cut", step=3, make_generator=Ball).step == 3
 
 
 def test_only_who_made_it_opens_a_generator_of_ones_own(own, settings, tmp_path, capsys):
-    train(tmp_path / "run", own, show=False, make=Ball)
+    train(tmp_path / "run", own, show=False, make_generator=Ball)
     sentence = r"run was trained with a generator of your own, 'my balls', which no command can make again: open it in Python, with open_run\(folder, make=...\)"
     with pytest.raises(UsageError, match=sentence):
         open_run(tmp_path / "run")
-    for argv in (["evaluate", str(tmp_path / "run")], ["export", str(tmp_path / "run"), "--prompt", "0000", "--to", str(tmp_path / "x.glb")]):
-        assert main(argv) == 2
+    for argv in (
+        ["evaluate", str(tmp_path / "run")],
+        ["export", str(tmp_path / "run"), "--prompt", "0000", "--to", str(tmp_path / "x.glb")],
+    ):
+        assert run_command(argv) == 2
         assert re.fullmatch(rf"scaledreamer: \S+{sentence}\n", capsys.readouterr().err)
     with pytest.raises(RunError, match="is of another generator: corpus is"):
-        open_run(tmp_path / "run", make=lambda width: nn.ModuleDict({"read": nn.Linear(width, 3)}))
-    with pytest.raises(UsageError, match="no generator 'my balls': give one of hyper-ingp, .+, or, for one of your own, make= in Python"):
+        open_run(
+            tmp_path / "run",
+            make_generator=lambda width: nn.ModuleDict({"read": nn.Linear(width, 3)}),
+        )
+    with pytest.raises(
+        UsageError,
+        match="no generator 'my balls': give one of hyper-ingp, .+, or, for one of your own, make= in Python",
+    ):
         train(tmp_path / "run", own, resume=True, show=False)
-    with pytest.raises(UsageError, match="generator is 'hyper-ingp', which make= would replace: give yours a name that is none of hyper-ingp, "):
-        train(tmp_path / "new", settings, show=False, make=Ball)
+    with pytest.raises(
+        UsageError,
+        match="generator is 'hyper-ingp', which make= would replace: give yours a name that is none of hyper-ingp, ",
+    ):
+        train(tmp_path / "new", settings, show=False, make_generator=Ball)
     assert not (tmp_path / "new").exists()
 
 
@@ -252,35 +372,84 @@ sys.exit(main([*sys.argv[1:], "--resume"]))
 """
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no limit on the size of a file, which stands for the full disk here")
+@pytest.mark.skipif(
+    sys.platform == "win32",
+    reason="Windows has no limit on the size of a file, which stands for the full disk here",
+)
 def test_a_disk_that_takes_no_more_costs_no_checkpoint(settings, tmp_path):
     "A limit on file sizes makes a checkpoint fail as a full disk does: while it is being written."
-    argv = ["train", "--prior", "mixture", "--corpus", settings.corpus, "--steps", "4", "--prompts", "1", "--resolution", "16", "--distill.views", "words",
-            "--checkpoint-every", "2", "--out", str(tmp_path / "run")]
+    argv = [
+        "train",
+        "--prior",
+        "mixture",
+        "--corpus",
+        settings.corpus,
+        "--steps",
+        "4",
+        "--prompts",
+        "1",
+        "--resolution",
+        "16",
+        "--distill.views",
+        "words",
+        "--checkpoint-every",
+        "2",
+        "--out",
+        str(tmp_path / "run"),
+    ]
     done = subprocess.run([sys.executable, "-c", FULL, *argv], capture_output=True, text=True)
     assert done.returncode == 1
-    assert re.search(r"^scaledreamer: checkpoint \S+000004 could not be written \(.+\): free some space and go on with --resume", done.stderr, re.M), done.stderr
+    assert re.search(
+        r"^scaledreamer: checkpoint \S+000004 could not be written \(.+\): free some space and go on with --resume",
+        done.stderr,
+        re.M,
+    ), done.stderr
     assert "Traceback" not in done.stderr
     assert checkpoint_steps(tmp_path / "run/checkpoints") == [2]
     assert [path.name for path in (tmp_path / "run/checkpoints").iterdir()] == ["000002"]
-    assert main([*argv, "--resume", "--eval-views", "0"]) == 0
+    assert run_command([*argv, "--resume", "--eval-views", "0"]) == 0
     assert checkpoint_steps(tmp_path / "run/checkpoints") == [2, 4]
 
 
 def test_a_half_written_run_is_said_in_a_sentence(tmp_path, capsys):
     (tmp_path / "config.json").write_text('{"prior": "tin', encoding="utf-8")
     for argv in (["evaluate", str(tmp_path)], ["train", "--out", str(tmp_path), "--resume"]):
-        assert main(argv) == 1
+        assert run_command(argv) == 1
         assert re.fullmatch(r"scaledreamer: \S+config.json is damaged.+\n", capsys.readouterr().err)
 
 
 def test_evaluate_completes_the_run_folder(run):
-    assert main(["evaluate", str(run.folder), "--views", "3"]) == 0
-    assert {path.name for path in run.folder.iterdir()} == {"config.json", "prompts.jsonl", "metrics.jsonl", "sessions.jsonl", "checkpoints", "validation",
-                                                            "views", "meshes", "eval.json", "report.html"}
+    assert run_command(["evaluate", str(run.folder), "--views", "3"]) == 0
+    assert {path.name for path in run.folder.iterdir()} == {
+        "config.json",
+        "prompts.jsonl",
+        "metrics.jsonl",
+        "sessions.jsonl",
+        "checkpoints",
+        "validation",
+        "views",
+        "meshes",
+        "eval.json",
+        "report.html",
+    }
     figures = json.loads((run.folder / "eval.json").read_text())
-    assert {"r_at_1", "sim", "volume_iou", "volume_iou_aligned", "silhouette_iou", "chamfer", "clip_model", "n_views", "gallery_size", "per_prompt"} <= figures.keys()
-    assert figures["train_seconds"] > 0 and 0.1 < figures["peak_memory_gb"] < 8 and figures["machine"]["cores"] >= 1
+    assert {
+        "r_at_1",
+        "sim",
+        "volume_iou",
+        "volume_iou_aligned",
+        "silhouette_iou",
+        "chamfer",
+        "clip_model",
+        "n_views",
+        "gallery_size",
+        "per_prompt",
+    } <= figures.keys()
+    assert (
+        figures["train_seconds"] > 0
+        and 0.1 < figures["peak_memory_gb"] < 8
+        and figures["machine"]["cores"] >= 1
+    )
     assert len(list((run.folder / "views").glob("*/*.png"))) == 2 * 8
     assert "a blue cube" in (run.folder / "report.html").read_text(encoding="utf-8")
 
@@ -288,40 +457,77 @@ def test_evaluate_completes_the_run_folder(run):
 def test_a_prompt_that_clip_cannot_read_is_refused_before_training(tmp_path, capsys, monkeypatch):
     "By the words alone: no network reads them, neither then nor for the training."
     from scaledreamer.eval.clip import ClipScorer
+
     corpus = tmp_path / "long.txt"
     corpus.write_text("a red ball\na red ball" + " on a blue cube" * 7 + "\n", encoding="utf-8")
     monkeypatch.setattr(ClipScorer, "text_features", lambda *args: pytest.fail("encoded"))
     monkeypatch.setattr("scaledreamer.commands.cli.train", lambda *args: pytest.fail("trained"))
-    assert main(["train", "--prior", "mixture", "--corpus", str(corpus), "--out", str(tmp_path / "run")]) == 2
-    assert re.fullmatch(r"scaledreamer: tiny-clip reads at most 24 tokens, the text 'a red ball on .+' has more: shorten it or choose another CLIP model\n", capsys.readouterr().err)
+    assert (
+        run_command(
+            ["train", "--prior", "mixture", "--corpus", str(corpus), "--out", str(tmp_path / "run")]
+        )
+        == 2
+    )
+    assert re.fullmatch(
+        r"scaledreamer: tiny-clip reads at most 24 tokens, the text 'a red ball on .+' has more: shorten it or choose another CLIP model\n",
+        capsys.readouterr().err,
+    )
     assert not (tmp_path / "run").exists()
 
 
 def test_one_clip_serves_the_check_and_the_evaluation(settings, tmp_path, monkeypatch):
     from scaledreamer.eval.clip import ClipScorer
+
     loaded, load = [], ClipScorer.load
-    monkeypatch.setattr(ClipScorer, "load", staticmethod(lambda *args, **options: loaded.append(1) or load(*args, **options)))
-    argv = ["train", "--prior", "mixture", "--corpus", settings.corpus, "--steps", "1", "--prompts", "1", "--resolution", "16", "--distill.views", "words"]
-    assert main([*argv, "--eval-views", "1", "--out", str(tmp_path / "run")]) == 0 and len(loaded) == 1
+    monkeypatch.setattr(
+        ClipScorer,
+        "load",
+        staticmethod(lambda *args, **options: loaded.append(1) or load(*args, **options)),
+    )
+    argv = [
+        "train",
+        "--prior",
+        "mixture",
+        "--corpus",
+        settings.corpus,
+        "--steps",
+        "1",
+        "--prompts",
+        "1",
+        "--resolution",
+        "16",
+        "--distill.views",
+        "words",
+    ]
+    assert (
+        run_command([*argv, "--eval-views", "1", "--out", str(tmp_path / "run")]) == 0
+        and len(loaded) == 1
+    )
 
 
 def test_a_prompt_that_is_too_long_with_its_view_is_found_among_many(monkeypatch):
     "It has few letters and many tokens, and fits without its view; of 200 prompts no more than 64 are encoded with one."
-    prior = make_prior(TrainSettings(), ())
+    prior = build_prior(TrainSettings(), ())
     texts = [f"a red rectangle number {i}" for i in range(200)]
     long = "z" * 8  # a word that the tokenizer does not know whole
     while True:
-        try: prior.encode_text([long := long + " z"])
-        except UsageError: break
+        try:
+            prior.encode_text([long := long + " z"])
+        except UsageError:
+            break
     long = long.removesuffix(" z")
     assert len(prior.encode_text([long])) == 1 and len(long) < 2 * len(texts[0])
     asked, encode = [], type(prior).encode_text
-    monkeypatch.setattr(type(prior), "encode_text", lambda self, texts: asked.extend(texts) or encode(self, texts))
+    monkeypatch.setattr(
+        type(prior), "encode_text", lambda self, texts: asked.extend(texts) or encode(self, texts)
+    )
     with pytest.raises(UsageError, match=rf"'{long[:20]}.+ tokens: shorten it"):
-        build(Path("nowhere"), TrainSettings(), number([(text, "train") for text in [*texts, long]]))
+        build(
+            Path("nowhere"), TrainSettings(), number([(text, "train") for text in [*texts, long]])
+        )
     assert sum("<az" in text for text in asked) <= 64
     run = build(Path("nowhere"), TrainSettings(), number([(text, "train") for text in texts]))
-    assert len(run.trained) == 200
+    assert len(run.train_prompts) == 200
 
 
 def test_the_norm_of_all_gradients_is_that_of_their_norms(settings):
@@ -336,13 +542,33 @@ def test_the_norm_of_all_gradients_is_that_of_their_norms(settings):
 
 def test_a_log_that_cannot_be_written_is_a_sentence(settings, tmp_path, capsys):
     (tmp_path / "run").mkdir()
-    argv = ["train", "--prior", "mixture", "--corpus", settings.corpus, "--steps", "2", "--prompts", "1", "--resolution", "16", "--distill.views", "words", "--eval-views", "0"]
-    assert main([*argv, "--steps", "1", "--out", str(tmp_path / "run")]) == 0
+    argv = [
+        "train",
+        "--prior",
+        "mixture",
+        "--corpus",
+        settings.corpus,
+        "--steps",
+        "2",
+        "--prompts",
+        "1",
+        "--resolution",
+        "16",
+        "--distill.views",
+        "words",
+        "--eval-views",
+        "0",
+    ]
+    assert run_command([*argv, "--steps", "1", "--out", str(tmp_path / "run")]) == 0
     (tmp_path / "run/sessions.jsonl").unlink()
     (tmp_path / "run/sessions.jsonl").mkdir()
     capsys.readouterr()
-    assert main([*argv, "--steps", "1", "--resume", "--out", str(tmp_path / "run")]) == 1
-    assert re.search(r"^scaledreamer: \S+sessions.jsonl cannot be written \(it is a folder\): give the name of a file$", capsys.readouterr().err, re.MULTILINE)
+    assert run_command([*argv, "--steps", "1", "--resume", "--out", str(tmp_path / "run")]) == 1
+    assert re.search(
+        r"^scaledreamer: \S+sessions.jsonl cannot be written \(it is a folder\): give the name of a file$",
+        capsys.readouterr().err,
+        re.MULTILINE,
+    )
 
 
 STOPPED = """
@@ -352,20 +578,26 @@ class Press(MetaPathFinder):
     def find_spec(self, name, path, target=None):
         if name == sys.argv[1]: signal.raise_signal(signal.SIGINT)
 sys.meta_path.insert(0, Press())
-from scaledreamer.commands.entry import main
+from scaledreamer.commands.main import main
 sys.argv[1:] = ["doctor"]
 sys.exit(main())
 """
 
 
-@pytest.mark.parametrize("library", ["torch", "scaledreamer.commands.studies", "open_clip"])
+@pytest.mark.parametrize("library", ["torch", "scaledreamer.commands.curve_and_toy", "open_clip"])
 def test_an_interrupt_while_libraries_load_is_one_line(library):
-    done = subprocess.run([sys.executable, "-c", STOPPED.replace("sys.argv[1]:", f"{library!r}:"), "doctor"], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", STOPPED.replace("sys.argv[1]:", f"{library!r}:"), "doctor"],
+        capture_output=True,
+        text=True,
+    )
     assert (done.returncode, done.stderr.strip(), done.stdout) == (130, "scaledreamer: stopped", "")
 
 
 def test_the_shell_calls_the_quiet_entry():
-    assert '"scaledreamer = scaledreamer.commands.entry:main"' in (ROOT / "setup.py").read_text(encoding="utf-8")
+    assert '"scaledreamer = scaledreamer.commands.main:main"' in (ROOT / "setup.py").read_text(
+        encoding="utf-8"
+    )
 
 
 def test_every_prompt_is_visited_equally():
@@ -377,20 +609,41 @@ def test_the_paper_preset_survives_json():
     assert from_json(TrainSettings, to_json(paper())) == paper()
 
 
-@pytest.mark.parametrize("change", [{"method": "dds"}, {"generator": "nerf"}, {"prior": "nerf"}, {"corpus": "nothing"}, {"distill": DistillSettings(eta=3.0)}, {"method": "vsd"}, {"distill": DistillSettings(views="perp-neg")},
-                                    {"method": "nfsd"}, {"method": "bridge"}, {"device": "cuda:99"}])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"method": "dds"},
+        {"generator": "nerf"},
+        {"prior": "nerf"},
+        {"corpus": "nothing"},
+        {"distill": DistillSettings(eta=3.0)},
+        {"method": "vsd"},
+        {"distill": DistillSettings(view_prompting="perp-neg")},
+        {"method": "nfsd"},
+        {"method": "bridge"},
+        {"device": "cuda:99"},
+    ],
+)
 def test_refusals_come_before_the_folder(settings, tmp_path, change):
     with pytest.raises(UsageError):
         train(tmp_path / "run", replace(settings, **change), show=False)
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("argv, code", [
-    (["train", "--steps", "many"], 2), (["trane"], 2), (["train", "--corpus", "nothing"], 2), (["evaluate", "nowhere"], 1),
-    (["export", "nowhere", "--prompt", "0", "--to", "x.stl"], 2), (["doctor"], 0)])
+@pytest.mark.parametrize(
+    "argv, code",
+    [
+        (["train", "--steps", "many"], 2),
+        (["trane"], 2),
+        (["train", "--corpus", "nothing"], 2),
+        (["evaluate", "nowhere"], 1),
+        (["export", "nowhere", "--prompt", "0", "--to", "x.stl"], 2),
+        (["doctor"], 0),
+    ],
+)
 def test_exit_codes_and_one_sentence(argv, code, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert main(argv) == code
+    assert run_command(argv) == code
     error = capsys.readouterr().err.strip()
     assert "\n" not in error and bool(error) == bool(code)
     assert not list(tmp_path.iterdir())

@@ -11,14 +11,16 @@ import pytest
 import torch
 from triton_cases import CASES, SMALL, table_of
 
-from scaledreamer.bench.fields import matches
+from scaledreamer.bench.field_speed import matches
 from scaledreamer.core.settings import UsageError
-from scaledreamer.core.tensors import generator
-from scaledreamer.field.encodings import HashGrid, auto_backend, pick_backend
-from scaledreamer.field.levels import HashGridSettings, encode_torch
-from scaledreamer.field.triton_grid import assemble, encode_triton
+from scaledreamer.core.tensors import make_rng
+from scaledreamer.field.hash_grid import HashGrid, auto_backend, pick_backend
+from scaledreamer.kernels.hash_grid_reference import HashGridSettings, encode_torch
+from scaledreamer.kernels.hash_grid_triton import assemble_grid, encode_triton
 
-needs_triton = pytest.mark.skipif(not find_spec("triton"), reason="triton is not installed (it is made for Linux)")
+needs_triton = pytest.mark.skipif(
+    not find_spec("triton"), reason="triton is not installed (it is made for Linux)"
+)
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
 
@@ -28,7 +30,13 @@ needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA d
 @pytest.fixture(scope="module")
 def found():
     program = Path(__file__).parent / "triton_cases.py"
-    done = subprocess.run([sys.executable, program], env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        [sys.executable, program],
+        env=os.environ | {"TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
@@ -46,19 +54,23 @@ def test_interpreted(name, found):
 
 
 @needs_triton
-@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="TRITON_INTERPRET=1 compiles nothing")
+@pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET") == "1", reason="TRITON_INTERPRET=1 compiles nothing"
+)
 @pytest.mark.parametrize(("shape", "capability", "options"), [
     (HashGridSettings(), 90, {}), (HashGridSettings(), 90, {"to_points": False}), (HashGridSettings(features=3, dims=2), 80, {"table": "fp16", "points": "fp16"}),
 ])  # fmt: skip
 def test_compiled_for_a_gpu(shape, capability, options, tmp_path, monkeypatch):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    built = assemble(shape, capability, **options)
+    built = assemble_grid(shape, capability, **options)
     assert set(built) == {"read", "pull"}
     for kernel in built.values():
         assert f"sm_{capability}" in kernel.asm["ptx"] and kernel.asm["cubin"][:4] == b"\x7fELF"
         assert ".local" not in kernel.asm["ptx"], "registers spill, or a tuple lies in memory"
     if not options.get("to_points", True):
-        assert built["pull"].asm["ptx"].count("ld.global.v2") == 1, "the table is read although nobody asked for the points' gradient"
+        assert built["pull"].asm["ptx"].count("ld.global.v2") == 1, (
+            "the table is read although nobody asked for the points' gradient"
+        )
 
 
 # which code ------------------------------------------------------------------------------------------------------------------
@@ -111,7 +123,9 @@ def test_a_backend_that_cannot_serve(backend, there, said, machine, monkeypatch)
 ])  # fmt: skip
 def test_what_the_benchmark_compares(there, compared, machine):
     machine(*there)
-    assert [match[1:] for match in matches("cuda:0")] == compared and [match[1:] for match in matches("cpu")] == [("auto", "torch")] * 2
+    assert [match[1:] for match in matches("cuda:0")] == compared and [
+        match[1:] for match in matches("cpu")
+    ] == [("auto", "torch")] * 2
 
 
 def test_points_and_table_on_two_devices():
@@ -120,8 +134,14 @@ def test_points_and_table_on_two_devices():
 
 
 def test_one_state_whatever_computes():
-    states = [HashGrid(SMALL, backend).state_dict() for backend in ("auto", "torch", "numba", "triton", "tinycudann")]
-    assert all(list(state) == ["table"] and state["table"].shape == states[0]["table"].shape for state in states)
+    states = [
+        HashGrid(SMALL, backend).state_dict()
+        for backend in ("auto", "torch", "numba", "triton", "tinycudann")
+    ]
+    assert all(
+        list(state) == ["table"] and state["table"].shape == states[0]["table"].shape
+        for state in states
+    )
 
 
 # on a GPU --------------------------------------------------------------------------------------------------------------------
@@ -129,10 +149,21 @@ def test_one_state_whatever_computes():
 
 @needs_triton
 @needs_cuda
-@pytest.mark.parametrize("shape", [SMALL, HashGridSettings(log2_size=15), HashGridSettings(levels=6, features=3, log2_size=10, dims=2)], ids=str)
+@pytest.mark.parametrize(
+    "shape",
+    [
+        SMALL,
+        HashGridSettings(log2_size=15),
+        HashGridSettings(levels=6, features=3, log2_size=10, dims=2),
+    ],
+    ids=str,
+)
 def test_on_cuda(shape):
     "The oracle's numbers, a hundred times."
-    x, upstream = torch.rand(5000, shape.dims, generator=generator(0)), torch.randn(5000, shape.levels * shape.features, generator=generator(1)).cuda()
+    x, upstream = (
+        torch.rand(5000, shape.dims, generator=make_rng(0)),
+        torch.randn(5000, shape.levels * shape.features, generator=make_rng(1)).cuda(),
+    )
     points, table = x.cuda().requires_grad_(), table_of(shape).detach().cuda().requires_grad_()
     results = []
     for encode in (encode_torch, *[encode_triton] * 100):

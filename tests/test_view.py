@@ -31,10 +31,16 @@ def chair():
 
 @pytest.mark.parametrize("half", [None, 0.9])
 def test_a_sphere(half):
-    scene = SphereScene(torch.tensor([0.5]), centers=torch.tensor([[0.1, -0.2, 0.15]]), colors=torch.tensor([[1.0, 0.5, 0.0]]))
+    scene = SphereScene(
+        torch.tensor([0.5]),
+        centers=torch.tensor([[0.1, -0.2, 0.15]]),
+        colors=torch.tensor([[1.0, 0.5, 0.0]]),
+    )
     mesh = extract_mesh(scene, resolution=48, half=half)
     assert mesh.is_watertight and mesh.is_winding_consistent and mesh.body_count == 1
-    assert mesh.volume == pytest.approx(4 / 3 * math.pi * 0.5**3, rel=5e-3)  # above 0: the outside is out
+    assert mesh.volume == pytest.approx(
+        4 / 3 * math.pi * 0.5**3, rel=5e-3
+    )  # above 0: the outside is out
     assert np.abs(np.linalg.norm(mesh.vertices - [0.1, -0.2, 0.15], axis=1) - 0.5).max() < 1e-3
     assert np.unique(mesh.visual.vertex_colors, axis=0).tolist() == [[255, 128, 0, 255]]
 
@@ -44,19 +50,26 @@ def test_one_prompt_of_several():
     for index, radius in enumerate(radii.tolist()):
         together = extract_mesh(SphereScene(radii), index, 24, prompts=3)
         alone = extract_mesh(SphereScene(radii[index : index + 1]), resolution=24)
-        assert np.allclose(together.vertices, alone.vertices) and (together.visual.vertex_colors == alone.visual.vertex_colors).all()
+        assert (
+            np.allclose(together.vertices, alone.vertices)
+            and (together.visual.vertex_colors == alone.visual.vertex_colors).all()
+        )
         assert together.volume == pytest.approx(4 / 3 * math.pi * radius**3, rel=0.03)
 
 
 def test_a_cloud_and_a_wall():
     assert extract_mesh(FogScene(extinction=20.0, ball_radius=0.5), resolution=32).is_watertight
-    cut = extract_mesh(SphereScene(torch.tensor([0.4]), centers=torch.tensor([[1.0, 0.0, 0.0]])), resolution=32)
+    cut = extract_mesh(
+        SphereScene(torch.tensor([0.4]), centers=torch.tensor([[1.0, 0.0, 0.0]])), resolution=32
+    )
     assert cut.is_watertight and cut.bounds[1, 0] < 1.05  # closed where the cube ends
 
 
 def test_nothing_to_mesh():
     with pytest.raises(RunError, match="no surface within 1 of the origin"):
-        extract_mesh(SphereScene(torch.tensor([0.1]), centers=torch.tensor([[5.0, 0.0, 0.0]])), resolution=24)
+        extract_mesh(
+            SphereScene(torch.tensor([0.1]), centers=torch.tensor([[5.0, 0.0, 0.0]])), resolution=24
+        )
     with pytest.raises(UsageError, match="index 1 of 1 prompts"):
         extract_mesh(SphereScene(torch.tensor([0.5])), 1)
 
@@ -67,7 +80,9 @@ def test_files_hold_the_mesh(chair, tmp_path, kind):
     save_mesh(chair, path)
     back = trimesh.load(path, force="mesh", process=False)
     expected = for_gltf(chair) if kind == "glb" else chair
-    assert np.allclose(back.vertices, expected.vertices, atol=1e-6) and np.array_equal(back.faces, expected.faces)
+    assert np.allclose(back.vertices, expected.vertices, atol=1e-6) and np.array_equal(
+        back.faces, expected.faces
+    )
     assert np.array_equal(back.visual.vertex_colors, expected.visual.vertex_colors)
     assert np.allclose(back.vertex_normals, expected.vertex_normals, atol=1e-5)
     assert [p.name for p in path.parent.iterdir()] == [path.name]
@@ -85,7 +100,11 @@ def test_a_glb_stands_up_and_looks_ahead(chair, tmp_path):
     accessor = tree["accessors"][attributes["POSITION"]]
     start = tree["bufferViews"][accessor["bufferView"]].get("byteOffset", 0)
     points = np.frombuffer(blob, "<f4", 3 * accessor["count"], start).reshape(-1, 3)
-    assert not any("matrix" in node for node in tree["nodes"] if node.get("matrix") not in (None, np.eye(4).flatten().tolist()))
+    assert not any(
+        "matrix" in node
+        for node in tree["nodes"]
+        if node.get("matrix") not in (None, np.eye(4).flatten().tolist())
+    )
     low, high = chair.bounds
     assert np.allclose(np.ptp(points, axis=0), (high - low)[[1, 2, 0]], atol=1e-6)
     assert points[points[:, 1] > points[:, 1].max() - 0.05, 2].max() < 0
@@ -98,9 +117,13 @@ def test_glb_colours_are_linear(chair):
 
 
 def test_other_formats_are_refused(chair, tmp_path):
-    with pytest.raises(UsageError, match=r"chair.stl ends in .stl; a mesh is written as .glb, .obj or .ply"):
+    with pytest.raises(
+        UsageError, match=r"chair.stl ends in .stl; a mesh is written as .glb, .obj or .ply"
+    ):
         save_mesh(chair, tmp_path / "chair.stl")
-    with pytest.raises(UsageError, match=r"car.webm ends in .webm; a turntable is written as .gif, .mp4 or .html"):
+    with pytest.raises(
+        UsageError, match=r"car.webm ends in .webm; a turntable is written as .gif, .mp4 or .html"
+    ):
         save_turntable(torch.rand(2, 3, 8, 8), tmp_path / "car.webm")
     assert not list(tmp_path.iterdir())
 
@@ -110,12 +133,21 @@ def test_other_formats_are_refused(chair, tmp_path):
 
 @pytest.fixture(scope="module")
 def frames():
-    return turntable_frames(ToyScene(["a red car"]), views=6, size=48, settings=RenderSettings(beta=0.01))
+    return turntable_frames(
+        ToyScene(["a red car"]), views=6, size=48, settings=RenderSettings(beta=0.01)
+    )
 
 
 def test_the_camera_starts_in_front_and_turns_left():
-    middle = turntable_frames(SphereScene(torch.tensor([0.5])), views=4, size=16, elevation=0.0)[:, :, 7:9, 7:9].mean((2, 3))
-    assert middle.shape == (4, 3) and middle[0].argmax() == 0 and middle[1].argmax() == 1 and middle[2, 0] < 0.2
+    middle = turntable_frames(SphereScene(torch.tensor([0.5])), views=4, size=16, elevation=0.0)[
+        :, :, 7:9, 7:9
+    ].mean((2, 3))
+    assert (
+        middle.shape == (4, 3)
+        and middle[0].argmax() == 0
+        and middle[1].argmax() == 1
+        and middle[2, 0] < 0.2
+    )
     with pytest.raises(UsageError, match="want 0 to 0"):
         turntable_frames(SphereScene(torch.tensor([0.5])), index=1)
 
@@ -123,7 +155,12 @@ def test_the_camera_starts_in_front_and_turns_left():
 def test_gif(frames, tmp_path):
     save_turntable(frames, tmp_path / "car.gif", fps=10)
     with Image.open(tmp_path / "car.gif") as gif:
-        assert (gif.n_frames, gif.size, gif.info["duration"], gif.info["loop"]) == (6, (48, 48), 100, 0)
+        assert (gif.n_frames, gif.size, gif.info["duration"], gif.info["loop"]) == (
+            6,
+            (48, 48),
+            100,
+            0,
+        )
 
 
 @pytest.mark.parametrize("side", [48, 47])
@@ -162,7 +199,10 @@ def test_a_turntable_of_nothing_is_refused(tmp_path, kind, shape):
 @pytest.mark.parametrize("kind", ["gif", "mp4", "html"])
 def test_a_folder_in_the_way_is_said(frames, tmp_path, kind):
     (tmp_path / f"car.{kind}").mkdir()
-    with pytest.raises(RunError, match=rf"car.{kind} cannot be written \(it is a folder\): give the name of a file$"):
+    with pytest.raises(
+        RunError,
+        match=rf"car.{kind} cannot be written \(it is a folder\): give the name of a file$",
+    ):
         save_turntable(frames, tmp_path / f"car.{kind}")
     assert [path.name for path in tmp_path.iterdir()] == [f"car.{kind}"]
 
@@ -170,8 +210,13 @@ def test_a_folder_in_the_way_is_said(frames, tmp_path, kind):
 def test_a_film_that_ffmpeg_left_unfinished_is_said(frames, tmp_path, monkeypatch):
     "ffmpeg that dies while it closes raises nothing."
     count = imageio_ffmpeg.count_frames_and_secs
-    monkeypatch.setattr(imageio_ffmpeg, "count_frames_and_secs", lambda path: (count(path)[0] - 1, 0.1))
-    with pytest.raises(RunError, match="^ffmpeg wrote 5 of 6 frames of .*: free some space, or write a .gif or .html instead$"):
+    monkeypatch.setattr(
+        imageio_ffmpeg, "count_frames_and_secs", lambda path: (count(path)[0] - 1, 0.1)
+    )
+    with pytest.raises(
+        RunError,
+        match="^ffmpeg wrote 5 of 6 frames of .*: free some space, or write a .gif or .html instead$",
+    ):
         save_turntable(frames, tmp_path / "car.mp4")
     assert not list(tmp_path.iterdir())
 
@@ -179,7 +224,9 @@ def test_a_film_that_ffmpeg_left_unfinished_is_said(frames, tmp_path, monkeypatc
 def test_page(frames, tmp_path):
     save_turntable(frames, tmp_path / "car.html", title="a <b> & c")
     page = (tmp_path / "car.html").read_text(encoding="utf-8")
-    assert "<title>a &lt;b&gt; &amp; c</title>" in page and not re.search(r"https?:|src=\"(?!data)", page)
+    assert "<title>a &lt;b&gt; &amp; c</title>" in page and not re.search(
+        r"https?:|src=\"(?!data)", page
+    )
     encoded = re.search(r"const frames=\[(.*?)\]\.map", page)[1].replace('"', "").split(",")
     pictures = [np.asarray(Image.open(io.BytesIO(base64.b64decode(e)))) for e in encoded]
     assert len(pictures) == 6
@@ -191,7 +238,10 @@ def test_ffmpeg_that_fails_is_one_sentence(frames, tmp_path, monkeypatch):
         raise RuntimeError("No ffmpeg exe could be found.\nInstall it.")
 
     monkeypatch.setattr(imageio_ffmpeg, "write_frames", missing)
-    with pytest.raises(RunError, match=r"^ffmpeg cannot write .*No ffmpeg exe could be found.*\): write a .gif or .html instead$"):
+    with pytest.raises(
+        RunError,
+        match=r"^ffmpeg cannot write .*No ffmpeg exe could be found.*\): write a .gif or .html instead$",
+    ):
         save_turntable(frames, tmp_path / "car.mp4")
     assert not list(tmp_path.iterdir())
 
@@ -199,4 +249,6 @@ def test_ffmpeg_that_fails_is_one_sentence(frames, tmp_path, monkeypatch):
 def test_sheet(frames):
     assert contact_sheet(frames).size == (6 * 49 - 1, 48)
     assert contact_sheet(frames, 4, 2).size == (97, 97)
-    assert np.array_equal(np.asarray(contact_sheet(frames, 2, 1))[49:], np.asarray(contact_sheet(frames[3:4])))
+    assert np.array_equal(
+        np.asarray(contact_sheet(frames, 2, 1))[49:], np.asarray(contact_sheet(frames[3:4]))
+    )

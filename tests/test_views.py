@@ -5,11 +5,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from scaledreamer.camera.views import VIEW_WORDS, view_prompts
-from scaledreamer.core.tensors import generator
+from scaledreamer.camera.view_words import VIEW_WORDS, view_prompts
+from scaledreamer.core.tensors import make_rng
 from scaledreamer.distill.methods import asd
 from scaledreamer.prior.mixture import MixturePrior
-from scaledreamer.text.views import perp_neg, perp_neg_coefficients, view_embeddings, view_index
+from scaledreamer.distill.conditioning import (
+    perp_neg,
+    perp_neg_coefficients,
+    view_embeddings,
+    view_index,
+)
 
 TURN = torch.linspace(-180, 179.5, 720, dtype=torch.float64)
 LEVEL = torch.zeros_like(TURN)
@@ -22,7 +27,9 @@ def test_full_turns_and_mirrors_change_nothing(azimuth, elevation, turns):
     one = torch.tensor([azimuth], dtype=torch.float64)
     level = torch.tensor([elevation], dtype=torch.float64)
     for other in (one + 360 * turns, -one):
-        for ours, theirs in zip(perp_neg_coefficients(one, level), perp_neg_coefficients(other, level)):
+        for ours, theirs in zip(
+            perp_neg_coefficients(one, level), perp_neg_coefficients(other, level)
+        ):
             torch.testing.assert_close(ours, theirs, atol=1e-8, rtol=0)
 
 
@@ -31,21 +38,32 @@ def test_blends_move_smoothly_around_the_object():
     positive = perp_neg_coefficients(TURN, LEVEL)[0]
     step = (positive - positive.roll(1, 0)).abs().amax(1)
     assert step.max() < 1 / 180 + 1e-9
-    assert torch.equal(positive.argmax(1)[[0, 180, 360, 540]], torch.tensor([2, 0, 1, 0]))  # back, side, front, side
+    assert torch.equal(
+        positive.argmax(1)[[0, 180, 360, 540]], torch.tensor([2, 0, 1, 0])
+    )  # back, side, front, side
 
 
 def test_perp_neg_says_what_the_words_say():
     "In the middle of each view the blend is that view's own text, and the word of a view is the nearest text in the blend."
-    azimuth, elevation = torch.tensor([90.0, 0.0, 180.0, -90.0, 17.0]), torch.tensor([0.0, 0.0, 0.0, 0.0, 70.0])
+    azimuth, elevation = (
+        torch.tensor([90.0, 0.0, 180.0, -90.0, 17.0]),
+        torch.tensor([0.0, 0.0, 0.0, 0.0, 70.0]),
+    )
     positive = perp_neg_coefficients(azimuth, elevation)[0]
     assert torch.equal(positive.argmax(1), view_index(azimuth, elevation))
     assert torch.equal(positive.amax(1), torch.ones(5))
-    assert torch.equal(perp_neg_coefficients(TURN, LEVEL)[0].argmax(1)[::30], view_index(TURN, LEVEL, 45, 45)[::30])
+    assert torch.equal(
+        perp_neg_coefficients(TURN, LEVEL)[0].argmax(1)[::30], view_index(TURN, LEVEL, 45, 45)[::30]
+    )
 
 
 def test_embeddings_stand_in_the_order_of_the_words():
     prompts = ["a car", "a cat", "a red ball on a blue cube"]
-    captions = {f"{p}, {v} view": torch.randn(2, 3, 4, 4, generator=generator(7)) for p in prompts for v in VIEW_WORDS}
+    captions = {
+        f"{p}, {v} view": torch.randn(2, 3, 4, 4, generator=make_rng(7))
+        for p in prompts
+        for v in VIEW_WORDS
+    }
     prior = MixturePrior(captions)
     views = view_embeddings(prior, prompts)
     assert torch.equal(views[:, :, 0], torch.eye(12).reshape(3, 4, 12))
@@ -55,8 +73,14 @@ def test_embeddings_stand_in_the_order_of_the_words():
 
 
 def test_each_view_gets_its_own_text_whatever_stands_beside_it():
-    views, empty = torch.randn(5, 4, 6, 8, generator=generator(0)), torch.randn(5, 6, 8, generator=generator(1))
-    azimuth, elevation = torch.tensor([0.0, 60, 120, -170, 30]), torch.tensor([0.0, 15, 30, -10, 75])
+    views, empty = (
+        torch.randn(5, 4, 6, 8, generator=make_rng(0)),
+        torch.randn(5, 6, 8, generator=make_rng(1)),
+    )
+    azimuth, elevation = (
+        torch.tensor([0.0, 60, 120, -170, 30]),
+        torch.tensor([0.0, 15, 30, -10, 75]),
+    )
     whole = perp_neg(views, empty, azimuth, elevation)
     for i in range(5):
         row = slice(i, i + 1)
@@ -69,13 +93,19 @@ def test_each_view_gets_its_own_text_whatever_stands_beside_it():
 def test_perp_neg_leaves_the_front_view(strength):
     """Seen from the side, a negative `front view` takes away what front and side share, but nothing along the side's own direction:
     with strength 0 it is plain guidance."""
-    means = {f"a car, {v} view": 3 * torch.randn(3, 2, 8, 8, generator=generator(i), dtype=torch.float64) for i, v in enumerate(VIEW_WORDS)}
+    means = {
+        f"a car, {v} view": 3 * torch.randn(3, 2, 8, 8, generator=make_rng(i), dtype=torch.float64)
+        for i, v in enumerate(VIEW_WORDS)
+    }
     prior = MixturePrior(means, std=0.5)
     views, empty = view_embeddings(prior, ["a car"]), prior.encode_text([""]).tokens
     text = perp_neg(views, empty, torch.tensor([80.0]), torch.tensor([0.0]), strength)
-    x, noise = (torch.randn(1, 2, 8, 8, generator=generator(i), dtype=torch.float64) for i in (8, 9))
+    x, noise = (torch.randn(1, 2, 8, 8, generator=make_rng(i), dtype=torch.float64) for i in (8, 9))
     t = torch.tensor([900])
-    pushed, plain = (asd(prior, x, text, t, noise, t + 9).target for text in (text, perp_neg(views, empty, torch.tensor([80.0]), torch.tensor([0.0]), 0.0)))
+    pushed, plain = (
+        asd(prior, x, text, t, noise, t + 9).target
+        for text in (text, perp_neg(views, empty, torch.tensor([80.0]), torch.tensor([0.0]), 0.0))
+    )
     x_t = prior.schedule.add_noise(x, noise, t)
     direction = prior.predict_noise(x_t, t, text.positive) - prior.predict_noise(x_t, t, empty)
     front = prior.predict_noise(x_t, t, text.negatives[:, 0]) - prior.predict_noise(x_t, t, empty)

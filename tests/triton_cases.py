@@ -14,13 +14,13 @@ import torch
 from safetensors.torch import load_file
 
 from scaledreamer.core.settings import UsageError
-from scaledreamer.core.tensors import generator
-from scaledreamer.field import triton_decoder, triton_grid
+from scaledreamer.core.tensors import make_rng
+from scaledreamer.kernels import mlp_triton, hash_grid_triton
 from scaledreamer.field.decoders import mlp_plain
-from scaledreamer.field.encodings import HashGrid
-from scaledreamer.field.levels import HashGridSettings, encode_torch, grid_levels
-from scaledreamer.field.triton_decoder import decode_triton
-from scaledreamer.field.triton_grid import encode_triton
+from scaledreamer.field.hash_grid import HashGrid
+from scaledreamer.kernels.hash_grid_reference import HashGridSettings, encode_torch, grid_levels
+from scaledreamer.kernels.mlp_triton import decode_triton
+from scaledreamer.kernels.hash_grid_triton import encode_triton
 
 SMALL = HashGridSettings(levels=2, log2_size=6, base=3, scale=2.0)  # a dense level and a hashed one
 CASES: dict[str, Callable[[], object]] = {}
@@ -33,22 +33,50 @@ def case(function: Callable[[], object]) -> Callable[[], object]:
 
 def table_of(shape: HashGridSettings, kind: torch.dtype = torch.float32) -> torch.Tensor:
     last = grid_levels(shape)[-1]
-    return torch.randn((last.offset + last.size) * shape.features, generator=generator(0)).to(kind).requires_grad_()
+    return (
+        torch.randn((last.offset + last.size) * shape.features, generator=make_rng(0))
+        .to(kind)
+        .requires_grad_()
+    )
 
 
-def apart(x: torch.Tensor, shape: HashGridSettings = SMALL, kind: torch.dtype = torch.float32, loss: Callable | None = None) -> list[float]:
+def apart(
+    x: torch.Tensor,
+    shape: HashGridSettings = SMALL,
+    kind: torch.dtype = torch.float32,
+    loss: Callable | None = None,
+) -> list[float]:
     "How far features, gradient by the points and gradient by the table are from the oracle's; the gradients of the largest."
-    upstream = torch.randn(len(x), shape.levels * shape.features, generator=generator(1))
+    upstream = torch.randn(len(x), shape.levels * shape.features, generator=make_rng(1))
     points, table, results = x.detach().requires_grad_(), table_of(shape, kind), []
-    for encode in (lambda x, t, shape: encode_torch(x if x.dtype == torch.float64 else x.float(), t.float(), shape), encode_triton):
+    for encode in (
+        lambda x, t, shape: encode_torch(
+            x if x.dtype == torch.float64 else x.float(), t.float(), shape
+        ),
+        encode_triton,
+    ):
         y = encode(points, table, shape)
         assert y.dtype == torch.float32
-        results.append([y.detach(), *torch.autograd.grad(loss(y) if loss else (y * upstream).sum(), (points, table))])
+        results.append(
+            [
+                y.detach(),
+                *torch.autograd.grad(loss(y) if loss else (y * upstream).sum(), (points, table)),
+            ]
+        )
     for want, got in zip(*results):
-        assert got.dtype == want.dtype and got.shape == want.shape and torch.equal(got.isfinite(), want.isfinite())
-    (y, *gradients), (y2, *gradients2) = ([r.double().nan_to_num(0, 0, 0) for r in side] for side in results)
+        assert (
+            got.dtype == want.dtype
+            and got.shape == want.shape
+            and torch.equal(got.isfinite(), want.isfinite())
+        )
+    (y, *gradients), (y2, *gradients2) = (
+        [r.double().nan_to_num(0, 0, 0) for r in side] for side in results
+    )
     most = lambda r: r.abs().max().item() if r.numel() else 0.0
-    return [most(y2 - y), *(most(got - want) / max(most(want), 1e-30) for want, got in zip(gradients, gradients2))]
+    return [
+        most(y2 - y),
+        *(most(got - want) / max(most(want), 1e-30) for want, got in zip(gradients, gradients2)),
+    ]
 
 
 # every shape -----------------------------------------------------------------------------------------------------------------
@@ -67,22 +95,34 @@ def second_is_refused(y: torch.Tensor, leaf: torch.Tensor, words: str) -> None:
 def dimensions_and_features():
     found = []
     for dims, features in ((2, 1), (2, 2), (2, 3), (3, 1), (3, 2), (3, 4)):
-        shape = HashGridSettings(levels=2, features=features, log2_size=5, base=3 if dims == 3 else 5, scale=2.0, dims=dims)
+        shape = HashGridSettings(
+            levels=2,
+            features=features,
+            log2_size=5,
+            base=3 if dims == 3 else 5,
+            scale=2.0,
+            dims=dims,
+        )
         assert [level.hashed for level in grid_levels(shape)] == [False, True]
-        found.append(apart(torch.rand(60, dims, generator=generator(features)) * 1.5 - 0.25, shape))
+        found.append(apart(torch.rand(60, dims, generator=make_rng(features)) * 1.5 - 0.25, shape))
     return found
 
 
 @case
 def many_features():
-    return [apart(torch.rand(10, 2, generator=generator(0)), HashGridSettings(levels=1, features=19, log2_size=6, base=4, dims=2))]
+    return [
+        apart(
+            torch.rand(10, 2, generator=make_rng(0)),
+            HashGridSettings(levels=1, features=19, log2_size=6, base=4, dims=2),
+        )
+    ]
 
 
 @case
 def the_release_s_finest_level():
     "Keys that wrap around 32 bits, and positions that eat into the fraction."
     shape = HashGridSettings(levels=2, log2_size=12, base=2048, scale=2.0)
-    return [apart(torch.rand(100, 3, generator=generator(0)), shape)]
+    return [apart(torch.rand(100, 3, generator=make_rng(0)), shape)]
 
 
 # every point -----------------------------------------------------------------------------------------------------------------
@@ -90,29 +130,38 @@ def the_release_s_finest_level():
 
 @case
 def faces_and_outside():
-    values = torch.tensor([0.0, 1.0, 0.5, 0.25, -0.25, 1.25, -0.75, 1e4, -1e4, 1e-30])  # both round alike, so even on a face
+    values = torch.tensor(
+        [0.0, 1.0, 0.5, 0.25, -0.25, 1.25, -0.75, 1e4, -1e4, 1e-30]
+    )  # both round alike, so even on a face
     return [apart(torch.cartesian_prod(values, values[:5], values[:4]))]
 
 
 @case
 def not_numbers():
-    x = torch.rand(12, 3, generator=generator(0))
-    x[:9:3, 1], x[1], x[2, 2] = torch.tensor([float("nan"), float("inf"), float("-inf")]), float("nan"), float("inf")
+    x = torch.rand(12, 3, generator=make_rng(0))
+    x[:9:3, 1], x[1], x[2, 2] = (
+        torch.tensor([float("nan"), float("inf"), float("-inf")]),
+        float("nan"),
+        float("inf"),
+    )
     return [apart(x)[:1]]
 
 
 @case
 def counts():
-    triton_grid.BLOCK = 16
-    found = [apart(torch.rand(count, 3, generator=generator(count))) for count in (0, 1, 16, 17)]
-    triton_grid.BLOCK = 512
+    hash_grid_triton.GRID_BLOCK = 16
+    found = [apart(torch.rand(count, 3, generator=make_rng(count))) for count in (0, 1, 16, 17)]
+    hash_grid_triton.GRID_BLOCK = 512
     return found
 
 
 @case
 def layouts_and_types():
-    columns = torch.rand(3, 40, generator=generator(0))
-    found = [apart(x) for x in (columns.T, columns.T[::2], columns[:, :1].T.expand(7, 3), columns.T.double())]
+    columns = torch.rand(3, 40, generator=make_rng(0))
+    found = [
+        apart(x)
+        for x in (columns.T, columns.T[::2], columns[:, :1].T.expand(7, 3), columns.T.double())
+    ]
     halves = [apart(columns.T.to(kind)) for kind in (torch.float16, torch.bfloat16)]
     assert all(slope < 1e-2 for _, slope, _ in halves), halves  # rounded to the points' 16 bits
     return found + [[y, table] for y, _, table in halves]
@@ -120,16 +169,23 @@ def layouts_and_types():
 
 @case
 def tables_of_16_bits():
-    found = [apart(torch.rand(40, 3, generator=generator(0)), kind=kind) for kind in (torch.float16, torch.bfloat16)]
+    found = [
+        apart(torch.rand(40, 3, generator=make_rng(0)), kind=kind)
+        for kind in (torch.float16, torch.bfloat16)
+    ]
     assert all(table < 1e-2 for _, _, table in found), found
     return [row[:2] for row in found]
 
 
 @case
 def gradients_of_any_stride():
-    x = torch.rand(30, 3, generator=generator(0))
-    skewed = torch.randn(SMALL.levels * SMALL.features, 30, generator=generator(2))
-    return [apart(x, loss=lambda y: y.sum()), apart(x, loss=lambda y: (y.T * skewed).sum()), apart(x, loss=lambda y: y[::2, 1].sum())]
+    x = torch.rand(30, 3, generator=make_rng(0))
+    skewed = torch.randn(SMALL.levels * SMALL.features, 30, generator=make_rng(2))
+    return [
+        apart(x, loss=lambda y: y.sum()),
+        apart(x, loss=lambda y: (y.T * skewed).sum()),
+        apart(x, loss=lambda y: y[::2, 1].sum()),
+    ]
 
 
 # as a citizen of torch -------------------------------------------------------------------------------------------------------
@@ -137,7 +193,7 @@ def gradients_of_any_stride():
 
 @case
 def only_what_is_asked_for():
-    table, x = table_of(SMALL), torch.rand(20, 3, generator=generator(0))
+    table, x = table_of(SMALL), torch.rand(20, 3, generator=make_rng(0))
     before = x.clone(), table.detach().clone()
     y = encode_triton(x, table, SMALL)
     (by_table,) = torch.autograd.grad(y.sum(), table)
@@ -152,8 +208,12 @@ def only_what_is_asked_for():
 
 @case
 def a_second_derivative_is_refused():
-    x = torch.rand(5, 3, generator=generator(0)).requires_grad_()
-    second_is_refused(encode_triton(x, table_of(SMALL), SMALL), x, "no second derivative (create_graph=True); use backend torch")
+    x = torch.rand(5, 3, generator=make_rng(0)).requires_grad_()
+    second_is_refused(
+        encode_triton(x, table_of(SMALL), SMALL),
+        x,
+        "no second derivative (create_graph=True); use backend torch",
+    )
     return []
 
 
@@ -161,11 +221,23 @@ def a_second_derivative_is_refused():
 def opcheck():
     "torch's own tests of an operation: schema, shapes for `torch.compile`, registration of the derivative."
     numbers = [float(number) for number in (2, 2, 6, 3, 2.0, 3)]
-    x = torch.rand(5, 3, generator=generator(0))
+    x = torch.rand(5, 3, generator=make_rng(0))
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")
-    torch.library.opcheck(triton_grid._read, (x, table_of(SMALL), numbers), test_utils=tests)
+    torch.library.opcheck(
+        hash_grid_triton._grid_forward, (x, table_of(SMALL), numbers), test_utils=tests
+    )
     for wanted in ((True, True), (False, True), (True, False)):
-        torch.library.opcheck(triton_grid._pull, (x, table_of(SMALL).detach(), torch.rand(5, 4, generator=generator(1)), numbers, *wanted), test_utils=tests)
+        torch.library.opcheck(
+            hash_grid_triton._grid_backward,
+            (
+                x,
+                table_of(SMALL).detach(),
+                torch.rand(5, 4, generator=make_rng(1)),
+                numbers,
+                *wanted,
+            ),
+            test_utils=tests,
+        )
     return []
 
 
@@ -175,9 +247,12 @@ def the_module():
     grid, oracle = HashGrid(SMALL, "triton"), HashGrid(SMALL, "torch")
     oracle.load_state_dict(grid.state_dict())
     assert list(grid.state_dict()) == ["table"]
-    x = torch.rand(2, 3, 5, 3, generator=generator(0))
+    x = torch.rand(2, 3, 5, 3, generator=make_rng(0))
     assert torch.equal(grid(x)[1, 2], grid(x[1, 2])) and grid(x[:0]).shape == (0, 3, 5, 4)
-    found = [(grid(x) - oracle(x)).abs().max().item() * 1e4, (grid.half()(x) - oracle.half()(x)).abs().max().item() * 1e4]  # the table is U(-1e-4, 1e-4)
+    found = [
+        (grid(x) - oracle(x)).abs().max().item() * 1e4,
+        (grid.half()(x) - oracle.half()(x)).abs().max().item() * 1e4,
+    ]  # the table is U(-1e-4, 1e-4)
     try:
         grid.double()(x)
     except UsageError as error:
@@ -188,15 +263,31 @@ def the_module():
 @case
 def tiny_cuda_nn_s_numbers():
     folder = Path(__file__).parent / "parity"
-    config, data = json.loads((folder / "01_hashgrid_b_mixed3d.json").read_text()), load_file(folder / "01_hashgrid_b_mixed3d.safetensors")
+    config, data = (
+        json.loads((folder / "01_hashgrid_b_mixed3d.json").read_text()),
+        load_file(folder / "01_hashgrid_b_mixed3d.safetensors"),
+    )
     grid = config["encoding_config"]
-    shape = HashGridSettings(grid["n_levels"], grid["n_features_per_level"], grid["log2_hashmap_size"], grid["base_resolution"], grid["per_level_scale"], config["n_input_dims"])
+    shape = HashGridSettings(
+        grid["n_levels"],
+        grid["n_features_per_level"],
+        grid["log2_hashmap_size"],
+        grid["base_resolution"],
+        grid["per_level_scale"],
+        config["n_input_dims"],
+    )
     x, table = data["x"].clone().requires_grad_(), data["params"].clone().requires_grad_()
     y = encode_triton(x, table, shape)
     by_points, by_table = torch.autograd.grad(y, (x, table), data["dL_dy"])
     valid = data["grad_x_valid"].bool()  # elsewhere a point lies on a face
     slope = (by_points - data["grad_x"])[valid].abs().max() / data["grad_x"].abs().max()
-    return [[(y - data["y"]).abs().max().item(), slope.item(), ((by_table - data["grad_params"]).abs().max() / data["grad_params"].abs().max()).item()]]
+    return [
+        [
+            (y - data["y"]).abs().max().item(),
+            slope.item(),
+            ((by_table - data["grad_params"]).abs().max() / data["grad_params"].abs().max()).item(),
+        ]
+    ]
 
 
 # decoders --------------------------------------------------------------------------------------------------------------------
@@ -204,38 +295,86 @@ def tiny_cuda_nn_s_numbers():
 
 def network(prompts: int, points: int, f: int, h: int, o: int) -> list[torch.Tensor]:
     "Points, both layers, a gradient of the outputs."
-    rng = generator(points)
-    return [torch.randn(prompts, *shape, generator=rng) for shape in ((points, f), (f, h), (h, o), (points, o))]
+    rng = make_rng(points)
+    return [
+        torch.randn(prompts, *shape, generator=rng)
+        for shape in ((points, f), (f, h), (h, o), (points, o))
+    ]
 
 
-def decoded(x: torch.Tensor, first: torch.Tensor, last: torch.Tensor, upstream: torch.Tensor | None) -> list[list[torch.Tensor]]:
+def decoded(
+    x: torch.Tensor, first: torch.Tensor, last: torch.Tensor, upstream: torch.Tensor | None
+) -> list[list[torch.Tensor]]:
     "Outputs and gradients, plainly in 64 bits and by Triton; without an upstream gradient that of the sum."
     results = []
-    for decode, kind in ((lambda x, *layers: mlp_plain(x, layers), torch.float64), (decode_triton, None)):
-        leaves = [t.detach().requires_grad_() if kind is None else t.detach().to(kind).requires_grad_() for t in (x, first, last)]
+    for decode, kind in (
+        (lambda x, *layers: mlp_plain(x, layers), torch.float64),
+        (decode_triton, None),
+    ):
+        leaves = [
+            t.detach().requires_grad_() if kind is None else t.detach().to(kind).requires_grad_()
+            for t in (x, first, last)
+        ]
         y = decode(*leaves)
-        results.append([y.detach(), *torch.autograd.grad(y.sum() if upstream is None else (y * upstream.to(y)).sum(), leaves)])
+        results.append(
+            [
+                y.detach(),
+                *torch.autograd.grad(
+                    y.sum() if upstream is None else (y * upstream.to(y)).sum(), leaves
+                ),
+            ]
+        )
     for got, given in zip(results[1], (last, x, first, last)):
         assert got.dtype == given.dtype
     return results
 
 
-def decoder_apart(x: torch.Tensor, first: torch.Tensor, last: torch.Tensor, upstream: torch.Tensor | None = None) -> list[float]:
+def decoder_apart(
+    x: torch.Tensor, first: torch.Tensor, last: torch.Tensor, upstream: torch.Tensor | None = None
+) -> list[float]:
     "How far outputs and the gradients of points and layers are from plain products in 64 bits, in parts of the largest."
     want, got = decoded(x, first, last, upstream)
     assert [t.shape for t in want] == [t.shape for t in got]
-    return [((b.double() - a).abs().max() / a.abs().max().clamp_min(1e-30)).item() if a.numel() else 0.0 for a, b in zip(want, got)]
+    return [
+        ((b.double() - a).abs().max() / a.abs().max().clamp_min(1e-30)).item() if a.numel() else 0.0
+        for a, b in zip(want, got)
+    ]
 
 
 @case
 def decoder_widths():
-    return [decoder_apart(*network(2, 40, *widths)) for widths in ((32, 64, 3), (16, 16, 16), (5, 20, 1), (17, 100, 2), (1, 1, 1), (64, 64, 16), (31, 65, 15))]
+    return [
+        decoder_apart(*network(2, 40, *widths))
+        for widths in (
+            (32, 64, 3),
+            (16, 16, 16),
+            (5, 20, 1),
+            (17, 100, 2),
+            (1, 1, 1),
+            (64, 64, 16),
+            (31, 65, 15),
+        )
+    ]
 
 
 @case
 def decoder_counts():
     "No point, one, borders of blocks, more blocks than programs."
-    return [decoder_apart(*network(prompts, points, 6, 20, 3)) for prompts, points in ((2, 0), (0, 5), (1, 1), (2, 15), (2, 16), (2, 17), (1, 64), (3, 65), (7, 129), (1, 300))]
+    return [
+        decoder_apart(*network(prompts, points, 6, 20, 3))
+        for prompts, points in (
+            (2, 0),
+            (0, 5),
+            (1, 1),
+            (2, 15),
+            (2, 16),
+            (2, 17),
+            (1, 64),
+            (3, 65),
+            (7, 129),
+            (1, 300),
+        )
+    ]
 
 
 @case
@@ -256,7 +395,9 @@ def a_batch_of_decoders_is_its_members():
     _, together = decoded(x, first, last, upstream)
     alone = [decoded(*(t[i : i + 1] for t in (x, first, last, upstream)))[1] for i in range(3)]
     whole = [torch.cat(parts) for parts in zip(*alone)]
-    assert torch.equal(together[0], whole[0]) and torch.equal(together[1], whole[1])  # to the last bit; sums over points are those of other groups
+    assert torch.equal(together[0], whole[0]) and torch.equal(
+        together[1], whole[1]
+    )  # to the last bit; sums over points are those of other groups
     return [[((a - b).abs().max() / b.abs().max()).item() for a, b in zip(together, whole)]]
 
 
@@ -265,7 +406,11 @@ def decoder_blocks_without_a_gradient():
     x, first, last, upstream = network(2, 200, 32, 64, 3)
     upstream[0, 10:180], upstream[1] = 0, 0
     _, got = decoded(x, first, last, upstream)
-    assert not got[1][0, 10:180].any() and not any(g[1].any() for g in got[1:]) and all(g[0].any() for g in got[1:])
+    assert (
+        not got[1][0, 10:180].any()
+        and not any(g[1].any() for g in got[1:])
+        and all(g[0].any() for g in got[1:])
+    )
     return [decoder_apart(x, first, last, upstream)]
 
 
@@ -275,9 +420,18 @@ def multiply_bfloat16() -> mock._patch:
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
     def wide(a):
-        return TensorHandle((a.data.astype("uint32") << 16).view("float32"), language.float32) if a.dtype.scalar == language.bfloat16 else a
+        return (
+            TensorHandle((a.data.astype("uint32") << 16).view("float32"), language.float32)
+            if a.dtype.scalar == language.bfloat16
+            else a
+        )
+
     plain = InterpreterBuilder.create_dot
-    return mock.patch.object(InterpreterBuilder, "create_dot", lambda self, a, b, *rest: plain(self, wide(a), wide(b), *rest))
+    return mock.patch.object(
+        InterpreterBuilder,
+        "create_dot",
+        lambda self, a, b, *rest: plain(self, wide(a), wide(b), *rest),
+    )
 
 
 @case
@@ -303,7 +457,9 @@ def decoder_of_what_is_not_a_number():
     assert not got[2].isfinite().all() and got[1][0, 8].isfinite().all()
     alone = torch.zeros_like(upstream)
     alone[0, 5, 1] = torch.nan
-    assert decoded(*network(1, 40, 16, 32, 3)[:3], alone)[1][1][0, 5].isnan().all()  # is not passed over
+    assert (
+        decoded(*network(1, 40, 16, 32, 3)[:3], alone)[1][1][0, 5].isnan().all()
+    )  # is not passed over
     return []
 
 
@@ -325,7 +481,11 @@ def decoder_only_what_is_asked_for():
         assert torch.equal(got, want)
     with torch.inference_mode():
         assert torch.equal(decode_triton(x, first, last), every[0])
-    second_is_refused(decode_triton(*leaves), leaves[2], "decoders by Triton have no second derivative (create_graph=True); use 64 bits")
+    second_is_refused(
+        decode_triton(*leaves),
+        leaves[2],
+        "decoders by Triton have no second derivative (create_graph=True); use 64 bits",
+    )
     return []
 
 
@@ -333,14 +493,22 @@ def decoder_only_what_is_asked_for():
 def decoder_opcheck():
     x, first, last, upstream = network(2, 5, 4, 6, 3)
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")
-    torch.library.opcheck(triton_decoder._push, tuple(t.requires_grad_() for t in (x, first, last)), test_utils=tests)
+    torch.library.opcheck(
+        mlp_triton._decoder_forward,
+        tuple(t.requires_grad_() for t in (x, first, last)),
+        test_utils=tests,
+    )
     for wanted in ((True, True), (False, True), (True, False)):
-        torch.library.opcheck(triton_decoder._pull, (x.detach(), first.detach(), last.detach(), upstream, *wanted), test_utils=tests)
+        torch.library.opcheck(
+            mlp_triton._decoder_backward,
+            (x.detach(), first.detach(), last.detach(), upstream, *wanted),
+            test_utils=tests,
+        )
     return []
 
 
 if __name__ == "__main__":
-    triton_grid.BLOCK, found = 512, {}
+    hash_grid_triton.GRID_BLOCK, found = 512, {}
     for name, function in CASES.items():
         try:
             found[name] = function()

@@ -5,7 +5,7 @@ from dataclasses import fields
 
 import torch
 
-from scaledreamer.core.tensors import generator
+from scaledreamer.core.tensors import make_rng
 from scaledreamer.prior.base import Conditioning
 from scaledreamer.prior.mixture import MixturePrior
 
@@ -14,13 +14,17 @@ SHAPE = (3, 4, 4)
 
 
 def draw(*shape, seed=0, dtype=DOUBLE):
-    return torch.randn(*shape, generator=generator(seed), dtype=dtype)
+    return torch.randn(*shape, generator=make_rng(seed), dtype=dtype)
 
 
 def make(schedule=None, std=0.4, **sizes):
     "A mixture of so many images for each caption."
     sizes = sizes or {"a": 4, "b": 3, "c": 2}
-    return MixturePrior({c: draw(k, *SHAPE, seed=i) for i, (c, k) in enumerate(sizes.items())}, std, schedule=schedule)
+    return MixturePrior(
+        {c: draw(k, *SHAPE, seed=i) for i, (c, k) in enumerate(sizes.items())},
+        std,
+        schedule=schedule,
+    )
 
 
 def say(prior, *texts):
@@ -38,7 +42,9 @@ def texts_of(prior, **texts):
 def pushed_texts_of(prior, **texts):
     "The same, and two texts to keep away from."
     negatives = torch.stack([say(prior, "b", "c", "c"), say(prior, "c", "a", "b")], 1)
-    return texts_of(prior, negatives=negatives, negative_weights=-draw(3, 2, seed=12).abs(), **texts)
+    return texts_of(
+        prior, negatives=negatives, negative_weights=-draw(3, 2, seed=12).abs(), **texts
+    )
 
 
 def plane():
@@ -52,13 +58,16 @@ def rows(text, index):
     return Conditioning(*(None if part is None else part[index] for part in parts))
 
 
-def _answer(question, given, connection): connection.send(question(*given))
+def _answer(question, given, connection):
+    connection.send(question(*given))
 
 
 def asked_in_a_fork(question, *given):
     "What a forked process answers, which may not take longer than a minute. Large torch calls may hang there, so the question should be small."
     here, there = multiprocessing.Pipe()
-    child = multiprocessing.get_context("fork").Process(target=_answer, args=(question, given, there), daemon=True)
+    child = multiprocessing.get_context("fork").Process(
+        target=_answer, args=(question, given, there), daemon=True
+    )
     child.start()
     try:
         assert here.poll(60), "the child hangs"

@@ -29,9 +29,14 @@ def room(path: Path) -> str:
     text = "\n".join(source(cell) for cell in cells if cell["cell_type"] == "markdown")
     exports = re.search(r"^#\|\s*default_exp\s+(\S+)", "\n".join(map(source, cells)), re.MULTILINE)
     place = exports[1] if exports else path.parent.name
-    title, claim = re.search(r"^# (.+)$", text, re.MULTILINE), re.search(r"^>[^\n]*(?:\n>[^\n]*)*", text, re.MULTILINE)
+    title, claim = (
+        re.search(r"^# (.+)$", text, re.MULTILINE),
+        re.search(r"^>[^\n]*(?:\n>[^\n]*)*", text, re.MULTILINE),
+    )
     if not title or not claim:
-        sys.exit(f"{path.relative_to(ROOT)}: expected a title (# ...) and a line that says what it is for (> ...)")
+        sys.exit(
+            f"{path.relative_to(ROOT)}: expected a title (# ...) and a line that says what it is for (> ...)"
+        )
     words = " ".join(line.lstrip("> ") for line in claim[0].splitlines()).replace("|", "\\|")
     words = re.sub(r"\[([^]]+)\]\([^)]*\)", r"\1", words)  # its links start at its own folder
     return f"| `{place}` | [{title[1]}]({path.relative_to(INDEX.parent).as_posix()}) | {words} |"
@@ -50,7 +55,9 @@ def outputs(cell: dict) -> str:
         data = output.get("data", {"text/plain": output.get("text", "")})
         if "text/markdown" in data:
             parts.append("".join(data["text/markdown"]))
-        elif not any(kind.startswith("image/") for kind in data):  # pictures of the README are files
+        elif not any(
+            kind.startswith("image/") for kind in data
+        ):  # pictures of the README are files
             parts.append("```text\n" + "".join(data.get("text/plain", "")).rstrip() + "\n```")
     return "\n\n".join(parts)
 
@@ -78,17 +85,26 @@ def generate() -> dict[Path, str]:
     for cell in notebook["cells"]:
         if cell["cell_type"] == "markdown":
             cell["source"] = with_map(source(cell)).splitlines(keepends=True)
-    index = json.dumps(notebook, sort_keys=True, indent=1, ensure_ascii=False) + "\n"  # as nbdev_clean writes it
+    index = (
+        json.dumps(notebook, sort_keys=True, indent=1, ensure_ascii=False) + "\n"
+    )  # as nbdev_clean writes it
     body = "\n\n".join(part for part in map(markdown, notebook["cells"]) if part)
     note = "<!-- made from nbs/index.ipynb by tools/readme.py: edit there -->"
     return {INDEX: index, README: f"{note}\n\n{LINK.sub(from_root, body)}\n"}
 
 
 def main() -> int:
-    stale = {path: text for path, text in generate().items() if not path.exists() or path.read_text(encoding="utf-8") != text}
+    stale = {
+        path: text
+        for path, text in generate().items()
+        if not path.exists() or path.read_text(encoding="utf-8") != text
+    }
     if "--check" in sys.argv[1:]:
         for path in stale:
-            print(f"{path.relative_to(ROOT)} is out of date: run python tools/readme.py", file=sys.stderr)
+            print(
+                f"{path.relative_to(ROOT)} is out of date: run python tools/readme.py",
+                file=sys.stderr,
+            )
         return int(bool(stale))
     for path, text in stale.items():
         path.write_text(text, encoding="utf-8")
