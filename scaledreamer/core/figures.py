@@ -71,7 +71,7 @@ PALETTE = (
     "#000000",
 )  # Okabe and Ito, for every kind of sight
 STYLE = {
-    "figure.dpi": 70, "figure.constrained_layout.use": True, "font.size": 9, "axes.titlesize": 9,
+    "figure.dpi": 100, "figure.constrained_layout.use": True, "font.size": 9, "axes.titlesize": 9,
     "text.color": INK, "axes.labelcolor": INK, "xtick.color": INK, "ytick.color": INK, "axes.edgecolor": "#999999",
     "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.color": "#e6e6e6", "axes.axisbelow": True,
     "axes.prop_cycle": plt.cycler(color=PALETTE), "lines.linewidth": 1.6, "legend.frameon": False,

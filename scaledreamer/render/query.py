@@ -14,13 +14,8 @@ from ..core.async_metrics import to_device
 from ..field.scene import DensityScene, Scene
 from .compositing import density_weights, first_order_weights
 from .ray_samples import Samples, compact, scatter_rows, gather_rows
-from scaledreamer.render.render_settings import (
-    RenderSettings,
-    field_gradient,
-    field_of,
-    is_density_scene,
-    to_density,
-)
+from .render_settings import RenderSettings, field_gradient, field_of
+from .render_settings import is_density_scene, to_density
 
 # %% ../../nbs/55_render/60_query.ipynb #ff3f504f
 def sample_weights(

@@ -31,16 +31,9 @@ from ..render.render_settings import is_density_scene
 from ..render.volume import Rendering, render
 from .corpora import Prompt
 from ..distill.conditioning import perp_neg, view_embeddings
-from scaledreamer.train.train_settings import (
-    DistillSettings,
-    MakeGenerator,
-    TrainSettings,
-    check_generator_name,
-    make_estimator,
-    build_generator,
-    build_prior,
-    method_of,
-)
+from .train_settings import DistillSettings, MakeGenerator, TrainSettings
+from .train_settings import check_generator_name, make_estimator, build_generator
+from .train_settings import build_prior, method_of
 
 # %% ../../nbs/70_train/40_step.ipynb #68a1bfd8
 def epoch_order(seed: int, epoch: int, count: int) -> list[int]:
