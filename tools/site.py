@@ -1,0 +1,107 @@
+"""The HTML site, made of the notebooks as they are committed: `python tools/site.py` writes it to _docs/.
+
+MkDocs and mkdocs-jupyter render the pages and the search index; this file is also their hook, which
+adds an index of all public names, and points links to notebooks at their pages. At the end every
+local link of the site is checked; a broken one is printed, and the exit code is 1.
+"""
+
+import ast
+import json
+import re
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+from urllib.parse import unquote
+
+from mkdocs.structure.files import File, Files
+
+ROOT = Path(__file__).resolve().parent.parent
+NBS, SITE = ROOT / "nbs", ROOT / "_docs"
+OUTSIDE = re.compile(r'(href|src)="((?:\.\./)+)((?:README|CONTRIBUTING|CHANGELOG|LICENSE|tests|tools)[^"]*)"')
+
+
+def first_line(node: ast.AST) -> str:
+    "The first line of a docstring, if there is one."
+    text = ast.get_docstring(node) if isinstance(node, (ast.FunctionDef, ast.ClassDef)) else None
+    return text.splitlines()[0] if text else ""
+
+
+def public_names(module: Path) -> dict[str, str]:
+    "Each name in a module's `__all__`, with what its docstring says."
+    body = ast.parse(module.read_text(encoding="utf-8")).body
+    listed = [
+        ast.literal_eval(node.value)
+        for node in body
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__"
+    ]
+    said = {node.name: first_line(node) for node in body if hasattr(node, "name")}
+    return {name: said.get(name, "") for name in (listed[0] if listed else [])}
+
+
+def name_index() -> str:
+    "A Markdown table of all public names, by alphabet."
+    rows = []
+    for notebook in sorted(NBS.glob("[0-9][0-9]_*/[0-9][0-9]_*.ipynb")):
+        stage, room = notebook.parent.name[3:], notebook.stem[3:]
+        module = ROOT / "scaledreamer" / stage / f"{room}.py"
+        if module.exists():
+            page = notebook.relative_to(NBS).with_suffix(".html").as_posix()
+            for name, said in public_names(module).items():
+                rows.append((name, f"[`{stage}.{room}`]({page})", said.replace("|", "\\|")))
+    lines = [f"| `{name}` | {where} | {said} |" for name, where, said in sorted(rows, key=str)]
+    return "\n".join(["# Index of names", "", "| name | module | |", "|---|---|---|", *lines, ""])
+
+
+def on_files(files: Files, config) -> Files:
+    "MkDocs: one page more."
+    files.append(File.generated(config, "names.md", content=name_index()))
+    return files
+
+
+def on_post_page(output: str, page, config) -> str:
+    "MkDocs: links to notebooks lead to their pages, links out of nbs/ to the repository."
+    output = re.sub(r'(href="(?![a-z]+:)[^"#]*)\.ipynb(#[^"]*)?"', r'\1.html\2"', output)
+    return OUTSIDE.sub(rf'\1="{config.repo_url or "https://github.com/scaledreamer/scaledreamer"}/blob/main/\3"', output)
+
+
+class Targets(HTMLParser):
+    "Where a page links to."
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: set[str] = set()
+
+    def handle_starttag(self, tag: str, attributes: list) -> None:
+        self.found |= {value for key, value in attributes if key in ("href", "src") and value}
+
+
+def broken_links(site: Path) -> list[str]:
+    "Local links of a site that lead nowhere."
+    broken = []
+    for page in sorted(site.rglob("*.html")):
+        parser = Targets()
+        parser.feed(page.read_text(encoding="utf-8"))
+        for target in sorted(parser.found):
+            path = unquote(re.split(r"[#?]", target)[0])
+            if not path or re.match(r"[a-z]+:|//|/", target):
+                continue
+            if not (page.parent / path).exists():
+                broken.append(f"{page.relative_to(site)}: {target}")
+    return broken
+
+
+def main() -> int:
+    command = [sys.executable, "-m", "mkdocs", "build", "--quiet", "--clean"]
+    built = subprocess.run(command, cwd=ROOT)
+    if built.returncode:
+        return built.returncode
+    for line in (broken := broken_links(SITE)):
+        print(line, file=sys.stderr)
+    pages = len(json.loads((SITE / "search/search_index.json").read_text(encoding="utf-8"))["docs"])
+    print(f"site: {SITE.relative_to(ROOT)}/index.html, {pages} entries to search")
+    return int(bool(broken))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
