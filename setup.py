@@ -2,12 +2,15 @@
 
 from configparser import ConfigParser
 from pathlib import Path
+
 from setuptools import find_packages, setup
 
 here = Path(__file__).parent
 settings = ConfigParser(delimiters=["="])
 settings.read(here / "settings.ini", encoding="utf-8")
 cfg = settings["DEFAULT"]
+repository = f"https://github.com/{cfg['user']}/{cfg['repo']}"
+lab = cfg["lab_requirements"].split()
 
 setup(
     name=cfg["lib_name"],
@@ -18,11 +21,17 @@ setup(
     author=cfg["author"],
     author_email=cfg["author_email"],
     license="Apache-2.0",
+    url=repository,
+    project_urls={
+        "Source": repository,
+        "Changelog": f"{repository}/blob/main/CHANGELOG.md",
+        "Paper": "https://arxiv.org/abs/2407.02040",
+    },
     python_requires=f">={cfg['min_python']}",
     packages=find_packages(include=["scaledreamer", "scaledreamer.*"]),
-    package_data={"scaledreamer": ["assets/**/*"]},
-    install_requires=cfg["requirements"].split(),
-    extras_require={"dev": cfg["dev_requirements"].split()},
+    package_data={"scaledreamer": ["assets/**/*", "py.typed"]},
+    install_requires=[*cfg["requirements"].split(), *lab],
+    extras_require={"lab": lab, "dev": cfg["dev_requirements"].split()},
     entry_points={
         "console_scripts": ["scaledreamer = scaledreamer.commands.main:main"],
         "nbdev": [f"{cfg['lib_name']}={cfg['lib_name']}._modidx:d"],

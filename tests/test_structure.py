@@ -1,5 +1,5 @@
-"""What no notebook can check about itself: the exported library imports and names nothing that is missing,
-imports point back, and every generated file is what its source makes it."""
+"""What no notebook can check about itself: the exported library imports and names nothing that is
+missing, imports point back, and every generated file is what its source makes it."""
 
 import ast
 import json
@@ -104,7 +104,7 @@ def imported(text: str) -> set[str]:
     return names
 
 
-# the library -----------------------------------------------------------------------------------------------------------------
+# the library
 
 
 def test_every_module_imports_alone():
@@ -122,18 +122,48 @@ for name in sys.argv[1:]:
 
 
 def test_every_name_is_there():
-    result = run(
-        sys.executable,
-        "-m",
-        "ruff",
-        "check",
-        "--isolated",
-        "--no-cache",
-        "--select",
-        "F401,F811,F821",
-        LIB,
-    )
+    rules = "F401,F811,F821,E701,E702"
+    result = run(sys.executable, "-m", "ruff", "check", "--isolated", "--select", rules, LIB)
     assert result.returncode == 0, result.stdout + result.stderr
+
+
+def test_notebooks_and_tests_are_formatted_and_linted():
+    for command in (("format", "--check"), ("check",)):
+        result = run(sys.executable, "-m", "ruff", *command, "nbs", "tests", "tools", "setup.py")
+        assert result.returncode == 0, result.stdout + result.stderr
+
+
+def test_exported_lines_have_at_most_100_columns():
+    "All but the list `__all__`, which nbdev wraps in its own way."
+    long = []
+    for path in LIB.rglob("*.py"):
+        text = re.sub(
+            r"^__all__ = \[.*?\]", "", path.read_text(encoding="utf-8"), flags=re.M | re.S
+        )
+        if path.name != "_modidx.py":
+            long += [f"{path}: {line}" for line in text.splitlines() if len(line) > 100]
+    assert not long, "\n".join(long)
+
+
+def test_importing_the_package_is_fast():
+    script = (
+        "import time; t = time.perf_counter(); import scaledreamer; print(time.perf_counter() - t)"
+    )
+    assert min(float(run(sys.executable, "-c", script).stdout) for _ in range(3)) < 0.3
+
+
+def test_the_names_that_matter_are_there_and_are_what_they_seem():
+    script = """
+import scaledreamer as sd
+for name in sd.__all__:
+    assert name in dir(sd) and callable(getattr(sd, name)), name
+from scaledreamer.training.trainer import train
+assert sd.train is train and 20 <= len(sd.__all__) <= 40
+try: sd.nothing
+except AttributeError as error: assert "no attribute 'nothing'" in str(error)
+"""
+    result = run(sys.executable, "-c", script)
+    assert result.returncode == 0, result.stderr
 
 
 def test_no_module_without_a_notebook():
@@ -141,7 +171,7 @@ def test_no_module_without_a_notebook():
     assert {m for m in modules if not m.endswith(("__init__", "._modidx"))} == set(ROOMS)
 
 
-# the notebooks ---------------------------------------------------------------------------------------------------------------
+# the notebooks
 
 
 def test_every_stage_and_every_room_has_a_number_of_its_own():
@@ -201,6 +231,54 @@ def test_sizes(path):
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=name)
+def test_title_and_claim(path):
+    "The map, the site and the module's docstring are made of them."
+    lines = source(cells(path)[0]).splitlines()
+    claims = [line for line in lines if line.startswith("> ")]
+    assert lines[0].startswith("# ") and len(claims) == 1
+    assert len(claims[0]) <= 96, "it becomes a docstring of one line"
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=name)
+def test_prose_has_at_most_100_columns(path):
+    "Except tables, links, images and formulas, which cannot be broken."
+    for cell in cells(path):
+        if cell["cell_type"] == "markdown":
+            fenced = re.sub(r"```.*?```", "", source(cell), flags=re.DOTALL)
+            for line in fenced.splitlines():
+                free = re.match(r"\s*(\||!\[|<|\$\$|> )|.*\]\(\S{40,}", line)
+                assert len(line) <= 100 or free, line
+
+
+@pytest.mark.parametrize("path", [ROOT / "README.md", *NOTEBOOKS], ids=lambda path: path.name)
+def test_nothing_speaks_of_how_it_was_made(path):
+    text = path.read_text(encoding="utf-8")
+    if path.suffix == ".ipynb":
+        text = "\n".join(map(source, cells(path)))
+    found = re.findall(r"\bFACTS\b|\bhouse rules?\b|\bthe bars?\b(?! chart)|\bearlier form\b", text)
+    assert not found, found
+
+
+def test_most_notebooks_show_a_picture_or_a_table():
+    kinds = {"image/png", "text/html", "text/markdown"}
+    shown = [
+        path
+        for path in NOTEBOOKS
+        if any(
+            kinds & output.get("data", {}).keys()
+            for c in cells(path)
+            for output in c.get("outputs", [])
+        )
+    ]
+    assert len(shown) >= 80
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=name)
+def test_pictures_have_at_least_100_dots_per_inch(path):
+    assert not re.findall(r"dpi=\d\d\b", "\n".join(code(path)))
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=name)
 def test_committed_as_it_ran(path):
     outputs = [output for cell in cells(path) for output in cell.get("outputs", [])]
     assert outputs or not any(map(is_evidence, code(path))), "committed without any output: run it"
@@ -223,7 +301,7 @@ def test_nothing_of_one_machine(path):
         assert not re.search(r"\b(CPU times|Wall time)\b|\bit/s\b", text), text
 
 
-# generated files -------------------------------------------------------------------------------------------------------------
+# generated files
 
 
 def tree(folder: Path, pattern: str) -> dict[str, bytes]:
@@ -260,6 +338,14 @@ def test_the_library_is_what_the_notebooks_export(fresh):
 def test_the_notebooks_are_clean(fresh):
     ours = {name(path): path.read_bytes() for path in NOTEBOOKS}
     assert not differing(ours, tree(fresh / "nbs", "*.ipynb")), "run nbdev_clean"
+
+
+def test_the_readme_is_short_and_has_code_that_runs():
+    readme, index = ROOT / "README.md", NBS / "index.ipynb"
+    assert readme.stat().st_size <= 8192
+    blocks = re.findall(r"```python\n(.*?)```", readme.read_text(encoding="utf-8"), re.DOTALL)
+    assert sum(len([line for line in block.splitlines() if line.strip()]) for block in blocks) >= 12
+    assert all(block.strip() in "\n\n".join(code(index)) for block in blocks)
 
 
 def test_the_readme_is_what_the_index_says():

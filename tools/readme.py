@@ -1,21 +1,24 @@
-"""Makes README.md from nbs/index.ipynb, and the map of rooms in both from the rooms themselves.
+"""Writes README.md from nbs/index.ipynb, the table in nbs/map.ipynb, and requirements-server.txt.
 
-    python tools/readme.py            writes both files
+    python tools/readme.py            writes the three files
     python tools/readme.py --check    changes nothing; exit code 1 where one of them is out of date
 
-The map stands in index.ipynb between two comments, one row a notebook: its module, its title and its `>` line. README.md is
-then index.ipynb as Markdown: code cells become fenced blocks followed by their text output (`#| hide` leaves a cell out,
-`#| echo: false` its source), and relative links, which start at nbs/ in the notebook, start at the root.
+The map has one row per notebook: its module, its title and its `>` line. README.md is index.ipynb
+as Markdown: code cells become fenced blocks followed by their text output (`#| hide` leaves a cell
+out, `#| echo: false` its source); relative links start at nbs/ there, and at the root in README.md.
 """
 
 import json
 import re
 import sys
+from configparser import ConfigParser
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-INDEX, README = ROOT / "nbs/index.ipynb", ROOT / "README.md"
-MAP = re.compile(r"(<!-- rooms: [^>]*-->\n).*?(<!-- end of rooms -->)", re.DOTALL)
+NBS = ROOT / "nbs"
+INDEX, MAP, README = NBS / "index.ipynb", NBS / "map.ipynb", ROOT / "README.md"
+SETTINGS, SERVER = ROOT / "settings.ini", ROOT / "requirements-server.txt"
+ROOMS = re.compile(r"(<!-- rooms: [^>]*-->\n).*?(<!-- end of rooms -->)", re.DOTALL)
 LINK = re.compile(r"""(\]\(|\b(?:src|href)=")(?![a-z]+:|#|/)([^)"\s]+)""")
 
 
@@ -23,29 +26,33 @@ def source(cell: dict) -> str:
     return "".join(cell["source"])
 
 
-def room(path: Path) -> str:
-    "The row of one notebook: its module, or its folder where it exports none; its title; what it says of itself."
+def row(path: Path) -> str:
+    "One notebook: its module, or its folder where it exports none; its title; what it does."
     cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
     text = "\n".join(source(cell) for cell in cells if cell["cell_type"] == "markdown")
     exports = re.search(r"^#\|\s*default_exp\s+(\S+)", "\n".join(map(source, cells)), re.MULTILINE)
     place = exports[1] if exports else path.parent.name
-    title, claim = (
-        re.search(r"^# (.+)$", text, re.MULTILINE),
-        re.search(r"^>[^\n]*(?:\n>[^\n]*)*", text, re.MULTILINE),
-    )
+    title = re.search(r"^# (.+)$", text, re.MULTILINE)
+    claim = re.search(r"^> (.+)$", text, re.MULTILINE)
     if not title or not claim:
         sys.exit(
-            f"{path.relative_to(ROOT)}: expected a title (# ...) and a line that says what it is for (> ...)"
+            f"{path.relative_to(ROOT)}: expected a title (# ...) and one line that says "
+            "what it is for (> ...)"
         )
-    words = " ".join(line.lstrip("> ") for line in claim[0].splitlines()).replace("|", "\\|")
-    words = re.sub(r"\[([^]]+)\]\([^)]*\)", r"\1", words)  # its links start at its own folder
-    return f"| `{place}` | [{title[1]}]({path.relative_to(INDEX.parent).as_posix()}) | {words} |"
+    words = re.sub(r"\[([^]]+)\]\([^)]*\)", r"\1", claim[1].replace("|", "\\|"))
+    return f"| `{place}` | [{title[1]}]({path.relative_to(NBS).as_posix()}) | {words} |"
 
 
-def with_map(text: str) -> str:
-    rows = [room(path) for path in sorted(INDEX.parent.glob("[0-9][0-9]_*/[0-9][0-9]_*.ipynb"))]
-    table = "\n".join(["| module | notebook | what it is for |", "|---|---|---|", *rows])
-    return MAP.sub(lambda found: f"{found[1]}\n{table}\n\n{found[2]}", text)
+def table() -> str:
+    guides = sorted(NBS.glob("guides/*.ipynb"))
+    numbered = sorted(NBS.glob("[0-9][0-9]_*/[0-9][0-9]_*.ipynb"))
+    fronts = [NBS / name for name in ("tour.ipynb", "numbers.ipynb")]
+    rows = [row(path) for path in (*fronts, *guides, *numbered)]
+    return "\n".join(["| module | notebook | what it does |", "|---|---|---|", *rows])
+
+
+def with_table(text: str) -> str:
+    return ROOMS.sub(lambda found: f"{found[1]}\n{table()}\n\n{found[2]}", text)
 
 
 def outputs(cell: dict) -> str:
@@ -55,9 +62,7 @@ def outputs(cell: dict) -> str:
         data = output.get("data", {"text/plain": output.get("text", "")})
         if "text/markdown" in data:
             parts.append("".join(data["text/markdown"]))
-        elif not any(
-            kind.startswith("image/") for kind in data
-        ):  # pictures of the README are files
+        elif not any(kind.startswith("image/") for kind in data):  # README's pictures are files
             parts.append("```text\n" + "".join(data.get("text/plain", "")).rstrip() + "\n```")
     return "\n\n".join(parts)
 
@@ -79,18 +84,26 @@ def from_root(found: re.Match) -> str:
     return found[1] + (target[3:] if target.startswith("../") else "nbs/" + target)
 
 
+def server_requirements() -> str:
+    "What `pip install -r` needs on a machine without JupyterLab."
+    settings = ConfigParser(delimiters=["="])
+    settings.read(SETTINGS, encoding="utf-8")
+    note = "# training and evaluation without JupyterLab; made from settings.ini by tools/readme.py"
+    return "\n".join([note, *settings["DEFAULT"]["requirements"].split()]) + "\n"
+
+
 def generate() -> dict[Path, str]:
-    "Both files as they should be."
-    notebook = json.loads(INDEX.read_text(encoding="utf-8"))
-    for cell in notebook["cells"]:
+    "All files as they should be."
+    everything = json.loads(MAP.read_text(encoding="utf-8"))
+    for cell in everything["cells"]:
         if cell["cell_type"] == "markdown":
-            cell["source"] = with_map(source(cell)).splitlines(keepends=True)
-    index = (
-        json.dumps(notebook, sort_keys=True, indent=1, ensure_ascii=False) + "\n"
-    )  # as nbdev_clean writes it
-    body = "\n\n".join(part for part in map(markdown, notebook["cells"]) if part)
+            cell["source"] = with_table(source(cell)).splitlines(keepends=True)
+    written = json.dumps(everything, sort_keys=True, indent=1, ensure_ascii=False) + "\n"
+    cells = json.loads(INDEX.read_text(encoding="utf-8"))["cells"]
+    body = "\n\n".join(part for part in map(markdown, cells) if part)
     note = "<!-- made from nbs/index.ipynb by tools/readme.py: edit there -->"
-    return {INDEX: index, README: f"{note}\n\n{LINK.sub(from_root, body)}\n"}
+    readme = f"{note}\n\n{LINK.sub(from_root, body)}\n"
+    return {MAP: written, README: readme, SERVER: server_requirements()}
 
 
 def main() -> int:

@@ -1,4 +1,4 @@
-"""The HTML site, made of the notebooks as they are committed: `python tools/site.py` writes it to _docs/.
+"""Builds the HTML site of the committed notebooks: `python tools/build_site.py` writes it to _docs/.
 
 MkDocs and mkdocs-jupyter render the pages and the search index; this file is also their hook, which
 adds an index of all public names, and points links to notebooks at their pages. At the end every
@@ -18,7 +18,9 @@ from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).resolve().parent.parent
 NBS, SITE = ROOT / "nbs", ROOT / "_docs"
-OUTSIDE = re.compile(r'(href|src)="((?:\.\./)+)((?:README|CONTRIBUTING|CHANGELOG|LICENSE|tests|tools)[^"]*)"')
+OUTSIDE = re.compile(
+    r'(href|src)="((?:\.\./)+)((?:README|CONTRIBUTING|CHANGELOG|LICENSE|tests|tools)[^"]*)"'
+)
 
 
 def first_line(node: ast.AST) -> str:
@@ -62,7 +64,10 @@ def on_files(files: Files, config) -> Files:
 def on_post_page(output: str, page, config) -> str:
     "MkDocs: links to notebooks lead to their pages, links out of nbs/ to the repository."
     output = re.sub(r'(href="(?![a-z]+:)[^"#]*)\.ipynb(#[^"]*)?"', r'\1.html\2"', output)
-    return OUTSIDE.sub(rf'\1="{config.repo_url or "https://github.com/scaledreamer/scaledreamer"}/blob/main/\3"', output)
+    return OUTSIDE.sub(
+        rf'\1="{config.repo_url or "https://github.com/scaledreamer/scaledreamer"}/blob/main/\3"',
+        output,
+    )
 
 
 class Targets(HTMLParser):
