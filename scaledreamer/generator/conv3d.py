@@ -21,7 +21,7 @@ from ..field.background import SolidBackground
 from ..field.decoders import MLPDecoder
 from ..field.voxels import Equalised, Layer, ToFeatures, sample_voxels, doubled, leaky
 from .generator_base import Background, FieldScene, Pooling, background_of
-from .generator_base import text_vector
+from .generator_base import TextTo3D, text_vector
 from ..prior.base import TextEmbedding
 
 # %% ../../nbs/60_generator/50_conv3d.ipynb #b2b6c47d
@@ -153,7 +153,7 @@ class Conv3DSettings:
         )
 
 # %% ../../nbs/60_generator/50_conv3d.ipynb #00526fc6
-class Conv3D(nn.Module):
+class Conv3D(TextTo3D):
     "Noise and text to surfaces in a block of voxels. Raises `UsageError` for text or noise of another width."
 
     def __init__(
@@ -161,10 +161,8 @@ class Conv3D(nn.Module):
     ):  # white when None
         super().__init__()
         s = self.settings = settings
-        self.noise, self.lr_scale = (
-            s.noise,
-            s.lr_scale,
-        )  # training draws so many numbers a prompt, and follows so much of its rate
+        self.noise = s.noise
+        self.lr_scale = s.lr_scale
         self.mapping = Mapping(s.noise, s.text_width, s.mapped, s.mapping_layers)
         self.synthesis = Synthesis(s.channels, s.features, s.mapped, s.bias_side)
         self.shape_decoder = MLPDecoder((s.features, s.width, 1))

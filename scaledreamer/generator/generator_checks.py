@@ -11,6 +11,8 @@ from copy import deepcopy
 from types import FunctionType
 from typing import Any
 
+import math
+
 import torch
 from safetensors.torch import load, save
 from torch import Tensor, nn
@@ -20,9 +22,32 @@ from ..core.checks import require, check_gradient, check_equal, check_finite
 from ..core.counters import AllocatedBytes
 from ..field.scene_checks import query_all, check_scene, points_in
 
+# %% ../../nbs/60_generator/20_generator_checks.ipynb #7c1d0a12
+def _usable_in_training(
+    generator: nn.Module, text: Any, points: Tensor, answers: dict[str, Tensor]
+) -> None:
+    for name in ("noise", "lr_scale", "standardise"):
+        require(
+            hasattr(generator, name),
+            f"the generator has no attribute {name}: derive it from `generator_base.TextTo3D`",
+        )
+    noise, scale = generator.noise, generator.lr_scale
+    require(
+        isinstance(noise, int) and noise >= 0,
+        f"noise is {noise!r}: expected how many numbers z has per prompt, 0 for none",
+    )
+    require(
+        isinstance(scale, int | float) and 0 < scale < math.inf,
+        f"lr_scale is {scale!r}: expected a positive factor on the learning rate",
+    )
+    standardised = deepcopy(generator)
+    standardised.standardise(text)
+    for name, value in query_all(standardised(text), points).items():
+        check_finite(value, answers[name].shape, f"after standardise scene.{name}")
+
 # %% ../../nbs/60_generator/20_generator_checks.ipynb #fa7c28a1
 def _unmixed(generator: nn.Module, text: Any, points: Tensor, answers: dict[str, Tensor]) -> None:
-    b, noise = len(text.tokens), getattr(generator, "noise", 0)
+    b, noise = len(text.tokens), generator.noise
     again, order = (
         query_all(generator(text), points),
         torch.arange(b - 1, -1, -1, device=points.device),
@@ -171,7 +196,7 @@ def check_generator(
             {name: p for name, p in generator.named_parameters() if p.requires_grad},
             "the scene",
         )
-        for check in (_unmixed, _saved, _rounded, _compiled, _linear):
+        for check in (_usable_in_training, _unmixed, _saved, _rounded, _compiled, _linear):
             check(generator, text, points, answers)
         if outside is not None:
             beyond = points + 1.25 * scene.radius * torch.where(points < 0, -1, 1)

@@ -20,7 +20,7 @@ from ..field.hypernetworks import HyperNetwork, ResidualHyperNetwork
 from ..kernels.hash_grid_reference import HashGridSettings
 from .generator_base import Background, FieldScene, Pooling
 from .generator_base import PromptedBackground, background_of, text_vector
-from .generator_base import to_unit
+from .generator_base import TextTo3D, to_unit
 from .ingp import SMALL_GRID
 from ..prior.base import TextEmbedding
 
@@ -75,7 +75,7 @@ def make_hypernetwork(settings: HyperINGPSettings) -> HyperNetwork | ResidualHyp
     return HyperNetwork(settings.text_width, sum(count_weights(shapes)), *rest)
 
 
-class HyperINGP(nn.Module):
+class HyperINGP(TextTo3D):
     "Text to surfaces on one hash grid. Raises `UsageError` for text of another width."
 
     def __init__(
@@ -98,10 +98,10 @@ class HyperINGP(nn.Module):
     def text_vector(self, text: TextEmbedding) -> Float[Tensor, "b d"]:
         return text_vector(text, self.settings.pooling, self.settings.text_width)
 
-    def standardise(self, text: TextEmbedding) -> None:
-        "Once, before training, with every text of the corpus; does nothing where the hypernetwork takes texts as they are."
+    def standardise(self, texts: TextEmbedding) -> None:
+        "Sets mean and deviation of a residual hypernetwork's input; other hypernetworks stay."
         if hasattr(self.hypernetwork, "standardise"):
-            self.hypernetwork.standardise(self.text_vector(text))
+            self.hypernetwork.standardise(self.text_vector(texts))
 
     def forward(self, text: TextEmbedding, z: Float[Tensor, "b k"] | None = None) -> FieldScene:
         shapes, s = decoder_shapes(self.settings), self.settings

@@ -17,7 +17,7 @@ from ..field.background import SolidBackground
 from ..field.decoders import MLPDecoder
 from ..field.hash_grid import Backend, HashGrid
 from ..kernels.hash_grid_reference import HashGridSettings
-from .generator_base import Background, Features, FieldScene, Head
+from .generator_base import Background, Features, FieldScene, Head, TextTo3D
 from .generator_base import background_of, to_unit
 from ..prior.base import TextEmbedding
 
@@ -83,7 +83,7 @@ class INGPSettings:
         return cls(form="density", grid=HashGridSettings(), clamp_to_cube=False)
 
 # %% ../../nbs/60_generator/30_ingp.ipynb #0a57400a
-class INGP(nn.Module):
+class INGP(TextTo3D):
     "Prompt-specific iNGP: the same scene for every text. Raises `UsageError` for an unknown form."
 
     def __init__(

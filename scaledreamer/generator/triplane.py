@@ -21,7 +21,7 @@ from ..field.background import SolidBackground, wide_sigmoid
 from ..field.decoders import MLPDecoder
 from ..field.planes import sample_triplane
 from .generator_base import Background, FieldScene, background_of
-from .generator_base import check_text_width, text_vector
+from .generator_base import TextTo3D, check_text_width, text_vector
 from ..prior.base import TextEmbedding
 
 # %% ../../nbs/60_generator/60_triplane.ipynb #0a165a9b
@@ -175,14 +175,15 @@ class TriplaneTransformer(nn.Module):
         )  # also under autocast: points are looked up in full precision
 
 # %% ../../nbs/60_generator/60_triplane.ipynb #fa3843ed
-class Triplane(nn.Module):
+class Triplane(TextTo3D):
     "Text to surfaces on three planes. Raises `UsageError` for text of another width."
 
     def __init__(
         self, settings: TriplaneSettings = TriplaneSettings(), background: Background | None = None
     ):  # white when None
         super().__init__()
-        self.settings, self.lr_scale = settings, settings.lr_scale
+        self.settings = settings
+        self.lr_scale = settings.lr_scale
         self.transformer = TriplaneTransformer(settings)
         self.shape_decoder, self.color_decoder = (
             MLPDecoder((3 * settings.channels, *settings.decoder, out)) for out in (1, 3)
