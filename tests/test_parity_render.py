@@ -1,4 +1,6 @@
-"""The renderer against tensors of the paper's release (fixtures 05a, 05b, 05c, 08; tests/parity/*.json say how each was made)."""
+"""The renderer against tensors of the paper's release.
+
+Fixtures 05a, 05b, 05c and 08; tests/parity/*.json describe how each was made."""
 
 import pytest
 import torch
@@ -9,15 +11,15 @@ from released import check_eval, check_train, fixture, stratified
 from scaledreamer.camera.rays import Rays
 from scaledreamer.field.density import volsdf_density
 from scaledreamer.field.hash_grid import HashGrid, HashGridSettings
-from scaledreamer.render.query import query_scene, sample_weights
 from scaledreamer.render.compositing import composite, density_weights, first_order_weights
+from scaledreamer.render.query import query_scene, sample_weights
 from scaledreamer.render.ray_samples import place_samples
 from scaledreamer.render.regularisers import depth_variance, eikonal, opaque, orient, sparsity
-from scaledreamer.render.sampling import importance_edges
 from scaledreamer.render.render_settings import RELEASE, field_gradient
+from scaledreamer.render.sampling import importance_edges
 
 
-# 05a: density, weights and what they sum to
+# 05a: density, weights and their sums
 
 
 @pytest.mark.parametrize("p", ["p0", "p1", "p2"])
@@ -25,14 +27,13 @@ def test_volsdf_weights_and_sums(p):
     _, data = fixture("05a_volsdf")
     edges, sharpness = data["t_edges"], min(data[f"{p}/inv_std"].item(), 80.0)
     density = volsdf_density(data["sdf"], 1 / sharpness)
-    torch.testing.assert_close(
-        density, data[f"{p}/density"], rtol=1e-5, atol=1e-5
-    )  # far out, s (1/2 + expm1 / 2) is rounding of s = 80
-    middle = (edges[:, 1:] + edges[:, :-1]) / 2
-    for kind, weigh in (("upstream", first_order_weights), ("exact", density_weights)):
-        weights, _ = weigh(density, edges.diff(dim=-1))
+    # far out, s (1/2 + expm1 / 2) is rounding of s = 80
+    torch.testing.assert_close(density, data[f"{p}/density"], rtol=1e-5, atol=1e-5)
+    midpoints = (edges[:, 1:] + edges[:, :-1]) / 2
+    for kind, to_weights in (("upstream", first_order_weights), ("exact", density_weights)):
+        weights, _ = to_weights(density, edges.diff(dim=-1))
         torch.testing.assert_close(weights, data[f"{p}/weights_{kind}"], rtol=1e-4, atol=1e-5)
-        pixels = composite(weights, middle, middle[..., None])
+        pixels = composite(weights, midpoints, midpoints[..., None])
         for name, value in (
             ("opacity", pixels.opacity),
             ("depth", pixels.depth),
@@ -48,8 +49,8 @@ def test_volsdf_weights_and_sums(p):
 
 @pytest.mark.parametrize("kind", ["det", "strat"])
 def test_importance_sampler(kind):
-    facts, data = fixture("05c_importance_sampler")
-    near, far = (torch.full((7,), facts[name]) for name in ("near", "far"))
+    info, data = fixture("05c_importance_sampler")
+    near, far = (torch.full((7,), info[name]) for name in ("near", "far"))
     bump = lambda t: (
         data["sigma_amp"] * torch.exp(-0.5 * ((t - data["sigma_mu"]) / data["sigma_std"]) ** 2)
     )
@@ -58,7 +59,7 @@ def test_importance_sampler(kind):
         if kind == "strat"
         else [None, None]
     )
-    edges = importance_edges(bump, near, far, facts["n_coarse"], facts["n_fine"], *biases)
+    edges = importance_edges(bump, near, far, info["n_coarse"], info["n_fine"], *biases)
     torch.testing.assert_close(edges[:, :-1], data[f"{kind}/t_starts"], rtol=0, atol=1e-4)
     torch.testing.assert_close(edges[:, 1:], data[f"{kind}/t_ends"], rtol=0, atol=1e-4)
 
@@ -67,7 +68,7 @@ def test_importance_sampler(kind):
 
 
 def test_losses_and_their_gradients():
-    facts, data = fixture("08_losses")
+    info, data = fixture("08_losses")
     leaf = {
         name: data[name].clone().requires_grad_()
         for name in ("opacity", "normal", "z_variance", "sdf_grad", "weights")
@@ -79,7 +80,7 @@ def test_losses_and_their_gradients():
         "z_variance": depth_variance(leaf["z_variance"], leaf["opacity"]),
         "eikonal": eikonal(leaf["sdf_grad"]),
     }
-    total = sum(facts["lambdas"][name] * loss for name, loss in losses.items())
+    total = sum(info["lambdas"][name] * loss for name, loss in losses.items())
     torch.testing.assert_close(total[None], data["total_weighted"], rtol=1e-5, atol=1e-6)
     for key in data:
         if key.startswith("grad_"):
@@ -95,7 +96,7 @@ def test_losses_and_their_gradients():
 
 
 class ReleasedHyper:
-    "Hyper-iNGP and its background from the fixture's tensors: shared grids, bias-free decoders from the text."
+    "Hyper-iNGP and background from the fixture: shared grids, bias-free decoders from text."
 
     def __init__(self, data, settings):
         self.weights = {
@@ -164,11 +165,11 @@ class ReleasedHyper:
 
 
 def hyper_fixture():
-    facts, data = fixture("05b_render_hyper")
+    info, data = fixture("05b_render_hyper")
     image = lambda value: value.movedim(-1, 1)[:, None]
     return (
         data,
-        ReleasedHyper(data, facts["settings"]),
+        ReleasedHyper(data, info["settings"]),
         Rays(data["rays_o"][:, None], data["rays_d"][:, None]),
         RELEASE,
         image,
@@ -193,9 +194,9 @@ def test_released_render_deterministic():
 def test_released_render_stratified_with_gradients(monkeypatch):
     data, scene, rays, settings, image = hyper_fixture()
     stratified(monkeypatch, data)
-    facts, _ = fixture("05b_render_hyper")
-    check_train(scene, rays, facts, data, image)
-    for name, norm in facts["grad_norm_per_parameter"].items():
+    info, _ = fixture("05b_render_hyper")
+    check_train(scene, rays, info, data, image)
+    for name, norm in info["grad_norm_per_parameter"].items():
         torch.testing.assert_close(
             scene.weights[f"weights/{name}"].grad.norm().item(), norm, rtol=2e-2, atol=0
         )
@@ -203,7 +204,7 @@ def test_released_render_stratified_with_gradients(monkeypatch):
 
 def test_released_samples_and_their_gradients(monkeypatch):
     data, scene, rays, settings, _ = hyper_fixture()
-    facts, _ = fixture("05b_render_hyper")
+    info, _ = fixture("05b_render_hyper")
     stratified(monkeypatch, data)
     with torch.no_grad():
         samples = place_samples(scene, *rays.flat(), settings, torch.Generator())
@@ -213,7 +214,7 @@ def test_released_samples_and_their_gradients(monkeypatch):
         )
         points = samples.points()
         values, colors = query_scene(scene, samples, points, settings)
-        every = facts["sizes"]["ray_step"]
+        every = info["sizes"]["ray_step"]
         rows = lambda x: x[0].unflatten(0, (30, 193))[::every]
         torch.testing.assert_close(rows(values)[..., None], data["train/sdf"], rtol=1e-3, atol=1e-3)
         torch.testing.assert_close(
@@ -225,10 +226,10 @@ def test_released_samples_and_their_gradients(monkeypatch):
             rtol=0,
             atol=2e-3,
         )
-        slope = rows(field_gradient(scene.sdf, points, epsilon=settings.epsilon, values=values))
-        inside = (
-            rows(points).abs().amax(-1) < scene.radius - settings.epsilon
-        )  # beyond, the release clamps its steps
-        # 2e-4 in t moves the base point: compare where both differences stay within one cell of the grid's levels, i.e. nearly everywhere
-        close = ((slope - data["train/sdf_grad"])[inside].abs() < 2e-2).float().mean()
+        gradient = field_gradient(scene.sdf, points, epsilon=settings.epsilon, values=values)
+        # beyond this the release clamps its steps
+        inside = rows(points).abs().amax(-1) < scene.radius - settings.epsilon
+        # 2e-4 in t moves the base point: compare where both differences stay within one cell
+        # of the grid's levels, i.e. nearly everywhere
+        close = ((rows(gradient) - data["train/sdf_grad"])[inside].abs() < 2e-2).float().mean()
         assert close > 0.98, close
