@@ -19,11 +19,11 @@ from scaledreamer.generator.ingp import INGP, INGPSettings, blob_bias
 from scaledreamer.prior.base import TextEmbedding
 
 TINY = HashGridSettings(levels=3, features=2, log2_size=5, base=3, scale=1.5)
-SMALL = HyperINGPSettings(TINY, width=5, text_width=6, hidden=4)
+SMALL = HyperINGPSettings(TINY, decoder_width=5, text_width=6, hidden=4)
 MODELS = {
-    "sdf": lambda: INGP(INGPSettings(grid=TINY, width=5)),
-    "density": lambda: INGP(INGPSettings("density", TINY, width=5)),
-    "wraps": lambda: INGP(INGPSettings(grid=TINY, width=5, clamp_to_cube=False)),
+    "sdf": lambda: INGP(INGPSettings(grid=TINY, decoder_width=5)),
+    "density": lambda: INGP(INGPSettings("density", TINY, decoder_width=5)),
+    "wraps": lambda: INGP(INGPSettings(grid=TINY, decoder_width=5, clamp_to_cube=False)),
     "residual": lambda: HyperINGP(SMALL),
     "release": lambda: HyperINGP(
         replace(SMALL, residual=False, pooling="pooled", radius=2.0, clamp_to_cube=False)

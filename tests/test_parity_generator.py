@@ -158,7 +158,7 @@ def test_generator_is_these_parts(name):
     hyper = settings["hypernet_config"]
     model = HyperINGP(
         HyperINGPSettings(
-            grid_of(settings), width=hyper["out_dims"]["sdf_weights"][0], radius=settings["radius"], init_sphere_radius=settings["sdf_bias_params"], clamp_to_cube=False,
+            grid_of(settings), decoder_width=hyper["out_dims"]["sdf_weights"][0], radius=settings["radius"], init_sphere_radius=settings["sdf_bias_params"], clamp_to_cube=False,
             text_width=hyper["c_dim"], pooling="pooled", residual=False, hidden=hyper["n_neurons"], hidden_layers=hyper["n_hidden_layers"],
             spectral_norm=hyper["spectral_norm"],
         )

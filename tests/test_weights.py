@@ -180,7 +180,7 @@ def test_values_of_the_releases_modules(name, tmp_path):
     model, text = found.generator, t["text"]
     assert found.settings.generator.spectral_norm == settings["hypernet_config"]["spectral_norm"]
     assert (
-        found.settings.generator.width == settings["hypernet_config"]["out_dims"]["sdf_weights"][0]
+        found.settings.generator.decoder_width == settings["hypernet_config"]["out_dims"]["sdf_weights"][0]
     )
     model.settings = replace(
         model.settings, init_sphere_radius=settings["sdf_bias_params"]

@@ -122,7 +122,7 @@ class Conv3DSettings:
     noise: int = 16  # width of z
     mapped: int = 64  # width of w
     mapping_layers: int = 2  # before the text joins
-    width: int = 64  # of the decoders' hidden layer
+    decoder_width: int = 64  # of the decoders' hidden layer
     radius: float = 1.0  # half the side of the cube, world units
     init_sphere_radius: float = 0.5  # r0, world units
     text_width: int = 96
@@ -165,8 +165,8 @@ class Conv3D(TextTo3D):
         self.lr_scale = s.lr_scale
         self.mapping = Mapping(s.noise, s.text_width, s.mapped, s.mapping_layers)
         self.synthesis = Synthesis(s.channels, s.features, s.mapped, s.bias_side)
-        self.shape_decoder = MLPDecoder((s.features, s.width, 1))
-        self.color_decoder = MLPDecoder((s.features, s.width, 3))
+        self.shape_decoder = MLPDecoder((s.features, s.decoder_width, 1))
+        self.color_decoder = MLPDecoder((s.features, s.decoder_width, 3))
         self.background = SolidBackground() if background is None else background
         self.register_buffer(
             "fixed_z", torch.randn(1, s.noise, generator=make_rng(s.seed)), persistent=False

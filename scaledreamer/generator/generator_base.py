@@ -143,7 +143,7 @@ class FieldScene:
     background: Background
     prompts: int
     radius: float  # half the side of the cube, world units
-    sphere: float  # r0, world units
+    init_sphere_radius: float  # r0, world units
     shared: bool = False  # the features of a point are the same for all prompts
     squash: Callable[[Tensor], Tensor] = torch.sigmoid  # or `wide_sigmoid`
     extra_head: Head | None = None  # to [b, n, k], whatever else its generator makes
@@ -151,7 +151,7 @@ class FieldScene:
     def _sdf(
         self, x: Float[Tensor, "b n f"], points: Float[Tensor, "... n 3"]
     ) -> Float[Tensor, "b n"]:
-        return self.sdf_head(x)[..., 0] + sphere_bias(points, self.sphere)
+        return self.sdf_head(x)[..., 0] + sphere_bias(points, self.init_sphere_radius)
 
     def sdf(self, points: Float[Tensor, "b n 3"]) -> Float[Tensor, "b n"]:
         return self._sdf(self.features(points), points)
@@ -169,7 +169,7 @@ class FieldScene:
         "What the generator makes beside distance and color. Raises `UsageError` where that is nothing."
         if self.extra_head is None:
             raise UsageError(
-                "this scene has distances and colors only: set `extra` in the settings of its generator"
+                "this scene has distances and colors only: set `extra_channels` of its generator"
             )
         return self.extra_head(self.features(points))
 

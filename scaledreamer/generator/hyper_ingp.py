@@ -30,8 +30,8 @@ class HyperINGPSettings:
     "A shared hash grid, and how a text becomes the decoders behind it."
 
     grid: HashGridSettings = SMALL_GRID
-    width: int = 64  # of the decoders' hidden layer
-    extra: int = 0  # numbers of a point beside distance and color, by a decoder of their own (`FieldScene.extra`)
+    decoder_width: int = 64  # of the decoders' hidden layer
+    extra_channels: int = 0  # outputs of a third decoder, queried by `FieldScene.extra`; 0: none
     radius: float = 1.0  # half the side of the cube, world units
     init_sphere_radius: float = 0.5  # r0, world units
     clamp_to_cube: bool = (
@@ -61,8 +61,8 @@ def decoder_shapes(settings: HyperINGPSettings) -> list[Shapes]:
     "The layers of the distance decoder, of the color decoder, and of the third, if there is one."
     features = settings.grid.levels * settings.grid.features
     return [
-        layer_shapes((features, settings.width, outputs))
-        for outputs in (1, 3, settings.extra)
+        layer_shapes((features, settings.decoder_width, outputs))
+        for outputs in (1, 3, settings.extra_channels)
         if outputs
     ]
 

@@ -70,7 +70,7 @@ class INGPSettings:
 
     form: Literal["sdf", "density"] = "sdf"
     grid: HashGridSettings = SMALL_GRID
-    width: int = 64  # of the decoders' hidden layer
+    decoder_width: int = 64  # of the hidden layer
     radius: float = 1.0  # half the side of the cube, world units
     init_sphere_radius: float = 0.5  # r0, world units; the sdf form only
     clamp_to_cube: bool = (
@@ -97,8 +97,8 @@ class INGP(TextTo3D):
             raise UsageError(f"form is {settings.form!r}: expected 'sdf' or 'density'")
         self.settings = settings
         self.encoder = HashGrid(settings.grid, backend)
-        self.shape_decoder = MLPDecoder((self.encoder.width, settings.width, 1))
-        self.color_decoder = MLPDecoder((self.encoder.width, settings.width, 3))
+        self.shape_decoder = MLPDecoder((self.encoder.width, settings.decoder_width, 1))
+        self.color_decoder = MLPDecoder((self.encoder.width, settings.decoder_width, 3))
         self.background = SolidBackground() if background is None else background
 
     def features(self, points: Float[Tensor, "b n 3"]) -> Float[Tensor, "b n f"]:

@@ -42,7 +42,7 @@ def hyper_ingp_settings(state: State, grid: HashGridSettings | None = None) -> H
         HyperINGPSettings.paper(),
         grid=grid,
         radius=cube_radius(state, 2.0),
-        width=decoder_width(
+        decoder_width=decoder_width(
             hyper.outputs, 2 * grid.levels * grid.features + 4, "geometry.hypernet"
         ),
         text_width=hyper.text_width,
@@ -59,7 +59,7 @@ def ingp_settings(state: State, grid: HashGridSettings | None = None) -> INGPSet
         needed(state, "geometry.density_network.layers.0.weight"),
     )
     return replace(
-        INGPSettings.paper(), grid=grid, width=len(first), radius=cube_radius(state, 1.0)
+        INGPSettings.paper(), grid=grid, decoder_width=len(first), radius=cube_radius(state, 1.0)
     )
 
 
@@ -108,7 +108,7 @@ def conv3d_settings(state: State, grid: HashGridSettings | None = None) -> Conv3
         noise=first.shape[1],
         mapped=len(joined),
         mapping_layers=count_blocks(state, f"{net}mapping.layers."),
-        width=decoder_widths(state)[0],
+        decoder_width=decoder_widths(state)[0],
         radius=cube_radius(state, 2.0),
         text_width=joined.shape[1] - len(joined),
     )

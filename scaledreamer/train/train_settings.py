@@ -239,7 +239,12 @@ RENAMED = {  # settings of earlier versions: still read in run folders, and as o
     "render.budget": "render.train_rays_per_chunk",
 }
 RENAMED_VALUES = {("render", "sampler", "guided"): "proposal"}
-RENAMED_IN_RELEASED = {"sphere": "init_sphere_radius", "clamp": "clamp_to_cube"}
+RENAMED_IN_RELEASED = {
+    "sphere": "init_sphere_radius",
+    "clamp": "clamp_to_cube",
+    "width": "decoder_width",
+    "extra": "extra_channels",
+}
 
 
 def _renamed(given: Any, where: str = "") -> Any:
@@ -250,7 +255,8 @@ def _renamed(given: Any, where: str = "") -> Any:
     for key, value in given.items():
         path = f"{where}{key}"
         new = RENAMED.get(path, path).split(".")[-1]
-        if where.startswith("released."):
+        triplane_width = key == "width" and "heads" in given  # of its tokens, not renamed
+        if where.startswith("released.") and not triplane_width:
             new = RENAMED_IN_RELEASED.get(key, key)
         names[new] = _renamed(value, f"{path}.")
     for (section, key, old), new in RENAMED_VALUES.items():
