@@ -424,7 +424,7 @@ def test_an_interrupt_keeps_the_frames():
         ({"start": torch.zeros(0, 2)}, r"the start is \[0, 2\]"),
         ({"text": ["ring"] * 4}, "4 texts for 12 items"),
         ({"text": "rang"}, "knows no 'rang'"),
-        ({"laws": {"sds": no_shift}}, r"laws for \['sds'\]"),
+        ({"shift_schedules": {"sds": no_shift}}, r"shift schedules for \['sds'\]"),
     ],
 )
 def test_what_a_lock_step_refuses(change, says):

@@ -11,7 +11,7 @@ from typing import Literal
 
 from ..core.settings import UsageError
 from .conditioning import ViewPrompting
-from .shift import ShiftSchedule, deterministic_shift, no_shift, random_shift
+from .shift import ShiftSchedule, deterministic_shift, random_shift
 from .timesteps import TimestepWindow, annealed_window
 
 # %% ../../nbs/35_distill/45_distill_settings.ipynb #9b1ed9bc
@@ -26,7 +26,7 @@ DESCRIPTION = (
     "malformed"
 )
 
-
+# %% ../../nbs/35_distill/45_distill_settings.ipynb #6e444807
 @dataclass(frozen=True)
 class QuerySettings:
     "Where a prior is queried: the window of timesteps, the shift, and the texts to compare with."
@@ -60,8 +60,6 @@ class QuerySettings:
 
     def shift_schedule(self) -> ShiftSchedule:
         "The shift of ASD's second timestep."
-        if self.shift == "none":
-            return no_shift
         return (random_shift if self.shift == "random" else deterministic_shift)(self.eta)
 
 # %% ../../nbs/35_distill/45_distill_settings.ipynb #1b12e475
