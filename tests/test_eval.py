@@ -1,4 +1,4 @@
-"""Evaluation: a real open_clip folder, shapes whose marks are known in closed form, and the report from end to end."""
+"""Evaluation: an open_clip folder, shapes with metrics in closed form, the report end to end."""
 
 import json
 import math
@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from scaledreamer.camera.poses import orbit
 from scaledreamer.core.settings import RunError, UsageError
 from scaledreamer.core.tensors import make_rng, seed_everything
-from scaledreamer.eval import clip as clip_room
+from scaledreamer.eval import clip as clip_module
 from scaledreamer.eval.clip import ClipScorer, cosines, recall, recall_by_object, similarity
 from scaledreamer.eval.report import TRUTH_METRICS, evaluate_scenes, summarise
 from scaledreamer.eval.truth import (
@@ -28,9 +28,9 @@ from scaledreamer.eval.truth import (
     volume_iou_aligned,
 )
 from scaledreamer.field.scene import FogScene, SphereScene
-from scaledreamer.train.corpora import Prompt
 from scaledreamer.toybox.captions import TOYBOX_15, object_of
 from scaledreamer.toybox.renders import render_object
+from scaledreamer.train.corpora import Prompt
 
 CONFIG = {
     "model_cfg": {
@@ -72,10 +72,10 @@ def ball(radius: float, center: tuple[float, float, float] = (0.0, 0.0, 0.0)):
     return lambda points: (points - torch.tensor(center)).norm(dim=-1) - radius
 
 
-# CLIP ------------------------------------------------------------------------------------------------------------------------
+# CLIP
 
 
-def test_a_batch_is_its_members_at_any_size_of_chunk(folder):
+def test_features_do_not_depend_on_batch_or_chunk(folder):
     scorer = ClipScorer.load(folder)
     rgb = torch.rand(5, 3, 40, 40, generator=make_rng(0))
     texts = list(TOYBOX_15[:5])
@@ -127,11 +127,11 @@ def test_models_that_cannot_be_loaded(folder, tmp_path, monkeypatch):
     assert refusal("ViT-L-14:mine").startswith(
         "UsageError: CLIP model 'ViT-L-14:mine' is not known to open_clip: its weights are openai"
     )
-    monkeypatch.setattr(clip_room, "files", lambda package: tmp_path)
+    monkeypatch.setattr(clip_module, "files", lambda package: tmp_path)
     assert "install the package again" in refusal(None)
 
 
-def test_the_shipped_model_knows_the_truth():
+def test_the_shipped_model_recognises_the_truth():
     scorer, cameras = ClipScorer.load(), orbit(4)
     rgb = torch.cat(
         [
@@ -175,7 +175,7 @@ def test_recall_is_the_argmax_over_the_gallery(seed):
     )
 
 
-# truth -----------------------------------------------------------------------------------------------------------------------
+# truth
 
 
 def test_iou_of_spheres():
@@ -219,13 +219,13 @@ def test_silhouettes():
     assert silhouette_iou(opacity, mask).tolist() == [1.0, 0.5]
 
 
-def test_every_way_to_ask_a_scene():
+def test_fields_of_every_kind_of_scene():
     points = torch.rand(50, 3, generator=make_rng(2)) * 2 - 1
     pair = SphereScene(torch.tensor([0.5, 0.7]))
-    by_hand = torch.stack([ball(0.5)(points), ball(0.7)(points)])
-    assert torch.allclose(solid_field(pair, 2)(points), by_hand, atol=1e-6)
-    pair.sdf_at_shared = lambda p: by_hand
-    assert solid_field(pair, 2)(points) is by_hand
+    exact = torch.stack([ball(0.5)(points), ball(0.7)(points)])
+    assert torch.allclose(solid_field(pair, 2)(points), exact, atol=1e-6)
+    pair.sdf_at_shared = lambda p: exact
+    assert solid_field(pair, 2)(points) is exact
     fog = solid_field(FogScene(extinction=20.0, ball_radius=0.5), 3)(points)
     assert fog.shape == (3, 50) and torch.equal(fog[0] < 0, points.norm(dim=-1) < 0.5)
 
@@ -236,7 +236,7 @@ def test_only_the_grammar_has_a_truth():
         ToyScene(["a corgi"])
 
 
-# report ----------------------------------------------------------------------------------------------------------------------
+# report
 
 PROMPTS = [
     Prompt(f"p{i}", text) for i, text in enumerate(("a red ball", "a blue house", "a corgi"))
@@ -249,7 +249,7 @@ def scene_of(texts: list[str]) -> ToyScene:
 
 
 def test_report_from_end_to_end(folder):
-    scorer, told = ClipScorer.load(folder), []
+    scorer, done = ClipScorer.load(folder), []
     extra = {"toybox-800": ["a green ball", "a red ball"]}
     result = evaluate_scenes(
         scene_of,
@@ -258,12 +258,16 @@ def test_report_from_end_to_end(folder):
         views=3,
         size=32,
         gallery=extra,
-        progress=lambda *x: told.append(x),
+        progress=lambda *x: done.append(x),
         at_once=2,
     )
-    assert told == [(2, 3), (3, 3)]
-    keys = "r_at_1 r_at_1_object sim volume_iou volume_iou_aligned silhouette_iou chamfer clip_model n_views gallery_size per_prompt"
-    assert set(keys.split()) | {"r_at_1_toybox_800", "gallery_size_toybox_800"} <= set(result)
+    assert done == [(2, 3), (3, 3)]
+    clip_keys = "r_at_1 r_at_1_object sim clip_model n_views gallery_size per_prompt"
+    truth_keys = "volume_iou volume_iou_aligned silhouette_iou chamfer"
+    assert set(f"{clip_keys} {truth_keys}".split()) | {
+        "r_at_1_toybox_800",
+        "gallery_size_toybox_800",
+    } <= set(result)
     assert (
         result["clip_model"],
         result["n_views"],
@@ -275,9 +279,8 @@ def test_report_from_end_to_end(folder):
         1.0,
         0.0,
     )
-    assert (
-        0.7 < result["silhouette_iou"] < 0.9
-    )  # the usual renderer's soft edge lies outside the exact outline
+    # the soft edge of the renderer lies outside the exact silhouette
+    assert 0.7 < result["silhouette_iou"] < 0.9
     rows = result["per_prompt"]
     assert [row["id"] for row in rows] == ["p0", "p1", "p2"]
     assert all(row[name] is not None for row in rows[:2] for name in TRUTH_METRICS) and all(
@@ -301,7 +304,7 @@ def test_report_from_end_to_end(folder):
         ), name
 
 
-def test_an_empty_scene_has_marks_too(folder):
+def test_metrics_of_an_empty_scene(folder):
     empty = lambda texts: SphereScene(torch.tensor([0.01]), centers=torch.tensor([[5.0, 0.0, 0.0]]))
     result = evaluate_scenes(empty, PROMPTS[:1], ClipScorer.load(folder), views=2, size=16)
     assert (
@@ -321,7 +324,7 @@ def test_means_over_a_part():
     assert summarise([row for row in rows if row["split"] == "test"])["sim"] == pytest.approx(0.5)
 
 
-def test_pictures_that_are_not_finite(folder):
+def test_images_that_are_not_finite(folder):
     broken = lambda scene, cameras, size: SimpleNamespace(
         rgb=torch.full((1, 2, 3, size, size), torch.nan), opacity=torch.zeros(1, 2, 1, size, size)
     )
