@@ -20,7 +20,7 @@ from scaledreamer.prior.stable_diffusion import TINY, StableDiffusionPrior
 from worlds import DOUBLE, draw
 
 
-# the schedule -----------------------------------------------------------------------------------------------------------------
+# the schedule -------------------------------------------------------------------------------------
 
 
 def test_published_variances():
@@ -70,7 +70,7 @@ def test_timesteps_are_checked():
             schedule.add_noise(torch.zeros(1, 2), torch.zeros(1, 2), t)
 
 
-# guidance ---------------------------------------------------------------------------------------------------------------------
+# guidance -----------------------------------------------------------------------------------------
 
 
 def test_guidance_of_one_item_does_not_see_the_others():
@@ -106,7 +106,7 @@ def test_camera_goes_along_with_every_evaluation():
     assert torch.equal(prior.seen, torch.cat([camera] * 3))
 
 
-# mixtures ---------------------------------------------------------------------------------------------------------------------
+# mixtures -----------------------------------------------------------------------------------------
 
 
 def mixture(shape=(3, 2, 2), std=0.4, dtype=DOUBLE, scale=1.0):
@@ -218,7 +218,7 @@ def test_mixture_keeps_the_contract_of_priors():
         prior.encode_text(["a dig"])
 
 
-# Stable Diffusion ---------------------------------------------------------------------------------------------------------------
+# Stable Diffusion ---------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module", params=["epsilon tiny", "v_prediction kl"])

@@ -61,7 +61,7 @@ def encoded(prior):
     return latents.detach(), torch.autograd.grad(latents.square().sum(), rgb)[0]
 
 
-# the settings ----------------------------------------------------------------------------------------------------------------
+# the settings -------------------------------------------------------------------------------------
 
 
 def test_defaults_on_a_cpu_are_the_plain_networks_bit_for_bit(plain):
@@ -181,7 +181,7 @@ def test_half_precision_trains_and_float16_on_a_cpu_is_refused_before_the_folder
     assert settings.prior_settings == PriorSettings("bfloat16", vae_checkpoint=True)
 
 
-# shared text -----------------------------------------------------------------------------------------------------------------
+# shared text --------------------------------------------------------------------------------------
 
 
 @given(
@@ -223,7 +223,7 @@ def test_a_unet_of_another_kind_is_refused():
         share_text(unet)
 
 
-# the encoder -----------------------------------------------------------------------------------------------------------------
+# the encoder --------------------------------------------------------------------------------------
 
 
 def test_frozen_weights_keep_and_get_nothing():
@@ -262,7 +262,7 @@ def test_checkpoints_keep_less_and_give_the_same_gradient():
     torch.testing.assert_close(found[1][1], found[0][1])
 
 
-# what fits -------------------------------------------------------------------------------------------------------------------
+# what fits ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("gigabytes", MEMORY_PRESETS)

@@ -1,6 +1,7 @@
 """Noise-prediction-error curves: measurements that can be cut anywhere, images that depend on their number alone, shifts that are known."""
 
 import json
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
@@ -20,19 +21,15 @@ from scaledreamer.noise_error.image_sources import (
 )
 from scaledreamer.noise_error.measure import ImageBatch, measure_curve, read_partial, stream_errors
 from scaledreamer.noise_error.solved_shift import (
-    constant_length,
     eq3_table,
     errors_at,
-    exactly,
     fit_schedules,
     schedule_range,
-    linear_length,
     plot_shift,
     solve_shift,
-    sqrt_length,
-    up_to,
 )
-from scaledreamer.distill.shift import shifted
+from scaledreamer.distill.shift import RangedShift, constant_shift, deterministic_shift
+from scaledreamer.distill.shift import random_shift, shifted, sqrt_shift
 from scaledreamer.prior.clip_text import TextCache
 from scaledreamer.prior.mixture import MixturePrior
 from scaledreamer.prior.pipelines import random_pipeline
@@ -67,7 +64,7 @@ def small_sd(seed=0, kind="epsilon"):
     )
 
 
-# the curve and its file ---------------------------------------------------------------------------------------------------------
+# the curve and its file ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("n", [1, 2, 40])
@@ -133,7 +130,7 @@ def test_a_wider_level_is_a_wider_band(n, level):
     )
 
 
-# measuring ----------------------------------------------------------------------------------------------------------------------
+# measuring ----------------------------------------------------------------------------------------
 
 
 @given(st.integers(1, 120), st.integers(0, 39), st.sampled_from([None, 1.0, 3.0]))
@@ -364,7 +361,7 @@ def test_refusals(call, message):
         call()
 
 
-# images -------------------------------------------------------------------------------------------------------------------------
+# images -------------------------------------------------------------------------------------------
 
 
 def test_the_preset_is_the_papers():
@@ -457,9 +454,17 @@ def test_ddim_draws_the_data():
         )
 
 
-# the shift ----------------------------------------------------------------------------------------------------------------------
+# the shift ----------------------------------------------------------------------------------------
 
 GRID = torch.arange(5, 1000, 10)
+
+
+@dataclass(frozen=True, eq=False)
+class GivenRange(RangedShift):
+    "A shift schedule whose range is a given function."
+
+    def range(self, t, t_min, last):
+        return self.length(t, t_min, last)
 
 
 def falling(n=30, k=100, seed=0, noise=0.0):
@@ -472,7 +477,7 @@ def falling(n=30, k=100, seed=0, noise=0.0):
 
 @given(st.floats(0, 0.5), st.floats(0, 60), st.floats(0, 3))
 @settings(max_examples=40, deadline=None)
-def test_a_known_law_is_recovered(linear, constant, root):
+def test_a_known_shift_is_recovered(linear, constant, root):
     base = falling()
     shift_schedule = linear * GRID.double() + constant + root * GRID.double().sqrt()
     known = GRID + shift_schedule <= 995
@@ -515,7 +520,7 @@ def test_a_worse_curve_has_no_shift():
     solved = solve_shift(base, ErrorCurve(GRID, 1.1 * base.errors, "worse", base.texts), draws=5)
     assert (solved.side == -1).all() and (solved.shift == 0).all() and (solved.share == 0).all()
     with pytest.raises(RunError, match="has no solution at any t"):
-        fit_schedules(solved, {"paper": up_to(linear_length())})
+        fit_schedules(solved, {"paper": random_shift()})
 
 
 def test_the_interval_holds_the_shift():
@@ -582,26 +587,28 @@ def test_eq3_by_counting():
     st.floats(0, 1),
 )
 @settings(max_examples=80, deadline=None)
-def test_the_laws_are_those_of_training(eta, t_min, times, place):
+def test_the_ranges_are_those_of_training(eta, t_min, times, place):
     "Training's shift is a place in our range, cut to an integer in float32 and kept off 0."
     t = torch.tensor(times)
-    low, high = schedule_range(up_to(linear_length(eta, t_min)), t.double())
+    low, high = schedule_range(random_shift(eta), t.double(), t_min)
     ours = t + low + place * (high - low)
     assert ((shifted(t, t_min, 999, eta, place) - ours).abs() <= 1 + 1e-3).all()
-    exact = exactly(linear_length(eta, t_min))(t.double())
+    exact = schedule_range(deterministic_shift(eta), t.double(), t_min)
     assert torch.equal(exact[0], high) and torch.equal(exact[1], high)
 
 
-def test_every_law_stays_in_the_schedule():
+def test_every_range_stays_in_the_schedule():
     t = torch.arange(1000, dtype=DOUBLE)
-    for length in (linear_length(1.0), sqrt_length(1.0), constant_length(999), lambda t: 5 * t):
-        for shift_schedule in (up_to(length), exactly(length)):
-            schedule_range(shift_schedule, t)
-    torch.testing.assert_close(sqrt_length(0.3)(t[-1:]), linear_length(0.3)(t[-1:]))
-    assert (sqrt_length(0.3)(t[21:-1]) > linear_length(0.3)(t[21:-1])).all()
+    long = RangedShift(lambda t, t_min, last: 5 * t)
+    for schedule in (deterministic_shift(1.0), sqrt_shift(1.0), constant_shift(999), long):
+        for random in (True, False):
+            schedule_range(replace(schedule, random=random), t)
+    root, line = (s.length(t, 20, 999) for s in (sqrt_shift(0.3), deterministic_shift(0.3)))
+    torch.testing.assert_close(root[-1:], line[-1:])
+    assert (root[21:-1] > line[21:-1]).all()
 
 
-def test_fits_by_hand():
+def test_fits_of_a_constant_shift():
     base = falling()
     shift_schedule = torch.full((100,), 30.0, dtype=DOUBLE)
     tuned = ErrorCurve(
@@ -615,11 +622,12 @@ def test_fits_by_hand():
     fits = fit_schedules(
         solved,
         {
-            "paper": up_to(linear_length(0.1, 5)),
-            "right": exactly(constant_length(30)),
-            "near": exactly(constant_length(32)),
-            "own": lambda t: (0 * t + 20, 0 * t + 34),
+            "paper": random_shift(0.1),
+            "right": constant_shift(30),
+            "near": constant_shift(32),
+            "own": GivenRange(lambda t, *_: (0 * t + 20, 0 * t + 34)),
         },
+        t_min=5,
     )
     t = GRID[solved.solved].double()
     assert (
@@ -634,31 +642,42 @@ def test_fits_by_hand():
         "near"
     ].distance == pytest.approx(2, abs=1e-6)
     assert fits["own"].inside == 1 and fits["own"].distance == pytest.approx(3, abs=1e-6)
-    axis = plot_shift(solved, {"paper": up_to(linear_length())}).axes[0]
+    axis = plot_shift(solved, {"paper": random_shift()}).axes[0]
     assert [line.get_label() for line in axis.get_lines()] == ["solved", "paper"]
 
 
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: linear_length(-0.1), "eta is -0.1: expected a part"),
-        (lambda: sqrt_length(1.1), "eta is 1.1"),
-        (lambda: constant_length(-1), "a constant shift of -1 leaves the schedule"),
-        (lambda: constant_length(1000), "expected 0 to 999"),
+        (lambda: random_shift(-0.1), "eta is -0.1: expected a part"),
+        (lambda: sqrt_shift(1.1), "eta is 1.1"),
+        (lambda: constant_shift(-1), "dt is -1: expected 0 or more timesteps"),
         (
-            lambda: schedule_range(lambda t: (0 * t, 0 * t + 50), torch.tensor([960.0])),
+            lambda: schedule_range(GivenRange(lambda t, *_: (1000.0 + 0 * t,) * 2), GRID.double()),
+            r"expected 0 <= low <= high <= 999 - t",
+        ),
+        (
+            lambda: schedule_range(
+                GivenRange(lambda t, *_: (0 * t, 0 * t + 50)), torch.tensor([960.0])
+            ),
             r"dt from \[0, 50\] at t = 960",
         ),
         (
-            lambda: schedule_range(lambda t: (0 * t - 1, 0 * t), torch.tensor([9.0])),
+            lambda: schedule_range(
+                GivenRange(lambda t, *_: (0 * t - 1, 0 * t)), torch.tensor([9.0])
+            ),
             r"dt from \[-1, 0\] at t = 9",
         ),
         (
-            lambda: schedule_range(lambda t: (0 * t + 2, 0 * t + 1), torch.tensor([9.0])),
+            lambda: schedule_range(
+                GivenRange(lambda t, *_: (0 * t + 2, 0 * t + 1)), torch.tensor([9.0])
+            ),
             r"dt from \[2, 1\]",
         ),
         (
-            lambda: schedule_range(lambda t: (0 * t, t * torch.nan), torch.tensor([9.0])),
+            lambda: schedule_range(
+                GivenRange(lambda t, *_: (0 * t, t * torch.nan)), torch.tensor([9.0])
+            ),
             r"dt from \[0, nan\]",
         ),
         (
