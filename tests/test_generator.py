@@ -233,7 +233,7 @@ def test_wrong_text_and_wrong_points():
         model(texts(2, width=9))
     with pytest.raises(UsageError, match="width 6, this text has width 9"):
         model.standardise(texts(2, width=9))
-    with pytest.raises(UsageError, match="points of 3 prompts asked of a scene of 2"):
+    with pytest.raises(UsageError, match="points for 3 prompts, but the scene has 2"):
         model(texts(2)).sdf(torch.rand(3, 4, 3))
 
 

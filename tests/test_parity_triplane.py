@@ -343,7 +343,7 @@ def test_refusals():
     for kind in ("tokens", "mean", "pooled"):
         with pytest.raises(UsageError, match="text of width 6, this text has width 9"):
             Triplane(KINDS[kind])(texts(2, width=9))
-    with pytest.raises(UsageError, match="points of 3 prompts asked of a scene of 2"):
+    with pytest.raises(UsageError, match="points for 3 prompts, but the scene has 2"):
         Triplane(SMALL)(texts(2)).sdf(torch.rand(3, 4, 3))
     with pytest.raises(UsageError, match="width 12 does not divide into 5 heads"):
         replace(SMALL, heads=5)
