@@ -137,9 +137,14 @@ RENAMED = {  # settings of earlier versions: still read in run folders, and as o
     "render.budget": "render.train_rays_per_chunk",
 }
 RENAMED_VALUES = {("render", "sampler", "guided"): "proposal"}  # (section, setting, old): new
-RENAMED_IN_RELEASED = {"sphere": "init_sphere_radius", "clamp": "clamp_to_cube"}
+RENAMED_IN_RELEASED = {  # of the generator of imported weights
+    "sphere": "init_sphere_radius",
+    "clamp": "clamp_to_cube",
+    "width": "decoder_width",
+    "extra": "extra_channels",
+}
 
-
+# %% ../../nbs/70_train/20_train_settings.ipynb #c55c94e7
 def _with_new_names(given: Any, section: str = "") -> Any:
     "Settings as an earlier version wrote them, with today's names; `section` ends in a dot."
     if not isinstance(given, dict):
@@ -148,7 +153,8 @@ def _with_new_names(given: Any, section: str = "") -> Any:
     for key, value in given.items():
         path = f"{section}{key}"
         new = RENAMED.get(path, path).split(".")[-1]
-        if section.startswith("released."):
+        tokens = key == "width" and "heads" in given  # the triplane's, whose name stays
+        if section == "released.generator." and not tokens:
             new = RENAMED_IN_RELEASED.get(key, key)
         named[new] = _with_new_names(value, f"{path}.")
     for (where, key, old), new in RENAMED_VALUES.items():
