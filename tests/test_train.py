@@ -14,20 +14,16 @@ from torch import nn
 
 from scaledreamer.commands.cli import run_command
 from scaledreamer.core.settings import RunError, UsageError, from_json, to_json
+from scaledreamer.distill.distill_settings import DistillSettings
 from scaledreamer.distill.estimator import LoRAEstimator
 from scaledreamer.field.background import SolidBackground
 from scaledreamer.field.scene import SphereScene
-from scaledreamer.generator.generator_base import text_vector
+from scaledreamer.generator.generator_base import TextTo3D, text_vector
 from scaledreamer.train.checkpoints import checkpoint_steps
 from scaledreamer.train.corpora import number
-from scaledreamer.train.train_settings import (
-    DistillSettings,
-    TrainSettings,
-    build_prior,
-    paper,
-    read_settings,
-)
-from scaledreamer.train.step import build, step_prompts
+from scaledreamer.train.run import build
+from scaledreamer.train.step import step_prompts
+from scaledreamer.train.train_settings import TrainSettings, build_prior, paper, read_settings
 from scaledreamer.train.trainer import open_run, train
 
 
@@ -184,7 +180,7 @@ def test_the_memory_told_is_what_is_held(settings):
 def test_a_budget_below_one_ray_a_prompt_is_refused(settings):
     with pytest.raises(
         UsageError,
-        match="render.budget is 3: expected at least one ray for each of the 4 prompts of a step",
+        match="render.train_rays_per_chunk is 3: expected at least one ray for each of the 4 prompts of a step",
     ):
         replace(
             settings, prompts_per_step=4, render=replace(settings.render, train_rays_per_chunk=3)
@@ -231,9 +227,13 @@ def test_an_estimator_is_trained_saved_and_resumed_exactly(settings, tmp_path, m
 @pytest.mark.parametrize("method", ["sds", "csd", "nfsd", "bridge", "sdi", "ism"])
 def test_every_method_trains(settings, tmp_path, method):
     texts = (
-        {"views": "plain", "description": "<az+0> <el+15>", "second_stage": 0.5}
+        {
+            "view_prompting": "plain",
+            "bridge_source_prompt": "<az+0> <el+15>",
+            "bridge_start": 0.5,
+        }
         if method == "bridge"
-        else {"views": "words", "defects": "a blue cube, side view"}
+        else {"view_prompting": "words", "nfsd_negative_prompt": "a blue cube, side view"}
     )
     own = replace(
         settings, steps=2, checkpoint_every=2, method=method, distill=DistillSettings(**texts)
@@ -247,7 +247,8 @@ def test_runs_from_before_a_setting_still_open_and_resume(settings, tmp_path):
     train(tmp_path / "run", settings, stop=lambda: True, show=False)
     config = tmp_path / "run/config.json"
     old = json.loads(config.read_text())
-    for name in ("estimator_lr", "defects", "description", "second_stage"):
+    later = ("estimator_lr", "nfsd_negative_prompt", "bridge_source_prompt", "bridge_start")
+    for name in later:
         del old["distill"][name]
     config.write_text(json.dumps(old))
     assert open_run(tmp_path / "run").settings == settings
@@ -256,8 +257,8 @@ def test_runs_from_before_a_setting_still_open_and_resume(settings, tmp_path):
     assert train(tmp_path / "run", settings, resume=True, show=False).step == 4
 
 
-class Ball(nn.Module):
-    "A generator of one's own: a ball a text, with all three things that training asks for."
+class Ball(TextTo3D):
+    "A generator of one's own: a ball per text, with all three things that training reads."
 
     lr_scale, noise, background = 0.5, 2, SolidBackground()
 
@@ -266,8 +267,8 @@ class Ball(nn.Module):
         self.read, self.noises = nn.Linear(width, 4), []
         self.register_buffer("corpus", torch.zeros(()))
 
-    def standardise(self, text):
-        self.corpus.fill_(len(text))
+    def standardise(self, texts):
+        self.corpus.fill_(len(texts))
 
     def forward(self, text, z=None):
         if self.training:
@@ -325,7 +326,7 @@ def test_a_generator_of_ones_own_trains_resumes_and_opens(own, tmp_path):
 
 def test_only_who_made_it_opens_a_generator_of_ones_own(own, settings, tmp_path, capsys):
     train(tmp_path / "run", own, show=False, make_generator=Ball)
-    sentence = r"run was trained with a generator of your own, 'my balls', which no command can make again: open it in Python, with open_run\(folder, make=...\)"
+    sentence = r"run was trained with a generator of your own, 'my balls', which no command can make again: open it in Python, with open_run\(folder, make_generator=...\)"
     with pytest.raises(UsageError, match=sentence):
         open_run(tmp_path / "run")
     for argv in (
@@ -341,12 +342,12 @@ def test_only_who_made_it_opens_a_generator_of_ones_own(own, settings, tmp_path,
         )
     with pytest.raises(
         UsageError,
-        match="no generator 'my balls': give one of hyper-ingp, .+, or, for one of your own, make= in Python",
+        match="no generator 'my balls': give one of hyper-ingp, .+, or, for one of your own, make_generator= in Python",
     ):
         train(tmp_path / "run", own, resume=True, show=False)
     with pytest.raises(
         UsageError,
-        match="generator is 'hyper-ingp', which make= would replace: give yours a name that is none of hyper-ingp, ",
+        match="generator is 'hyper-ingp', which make_generator= would replace: give yours a name that is none of hyper-ingp, ",
     ):
         train(tmp_path / "new", settings, show=False, make_generator=Ball)
     assert not (tmp_path / "new").exists()
