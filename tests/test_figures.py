@@ -25,7 +25,8 @@ def outputs(cells) -> list[str]:
     return found
 
 
-def test_a_readers_own_figure_shows_after_ours():
+def test_a_readers_own_figure_shows_after_ours(monkeypatch):
+    monkeypatch.delenv("MPLBACKEND", raising=False)  # the kernel chooses its own
     shown = ["", "picture", "", "picture", "True []\n"]
     assert outputs([*OURS, THEIRS]) == [*shown, "picture"]
     assert outputs([THEIRS, *OURS, THEIRS]) == ["picture", *shown, "picture"]

@@ -38,13 +38,13 @@ def stack(code: bytes, folder) -> list[int]:
 )
 @pytest.mark.parametrize("capability", [80, 90])
 @pytest.mark.parametrize(("shape", "weights", "options"), [
-    ((32, 64, 16), "fp16", {}), ((32, 64, 1), "bf16", {"x": "bf16"}), ((32, 64, 3), "fp16", {"to_weights": None}), ((5, 128, 3), "fp16", {"to_x": None}), ((64, 64, 3), "fp16", {}),
-    ((32, 64, 3), "fp32", {}), ((16, 64, 3), "fp32", {"precision": "tf32"}), ((32, 64, 1), "fp32", {"to_weights": None}),
+    ((32, 64, 16), "fp16", {}), ((32, 64, 1), "bf16", {"x": "bf16"}), ((32, 64, 3), "fp16", {"grad_weights": None}), ((5, 128, 3), "fp16", {"grad_x": None}), ((64, 64, 3), "fp16", {}),
+    ((32, 64, 3), "fp32", {}), ((16, 64, 3), "fp32", {"precision": "tf32"}), ((32, 64, 1), "fp32", {"grad_weights": None}),
 ], ids=str)  # fmt: skip
 def test_compiled_for_a_gpu(shape, weights, options, capability, tmp_path, monkeypatch):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     built = assemble_decoder(shape, capability, weights, **options)
-    assert set(built) == {"push", "pull"}
+    assert set(built) == {"forward", "backward"}
     for name, kernel in built.items():
         code = kernel.asm["ptx"]
         assert f"sm_{capability}" in code and kernel.asm["cubin"][:4] == b"\x7fELF"
@@ -80,7 +80,7 @@ def test_what_fits():
         for shape in ((64, 65, 1), (65, 16, 1), (32, 129, 1), (32, 64, 17), (0, 64, 1), (32, 0, 1))
     )
     for shape in ((5, 20, 1), (32, 64, 3), (17, 100, 16)):
-        known = decoder_sizes(shape, True, "pull")
+        known = decoder_sizes(shape, True, "backward")
         assert (
             known["F"] >= shape[0]
             and known["H"] >= shape[1]

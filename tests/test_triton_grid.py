@@ -63,12 +63,12 @@ def test_interpreted(name, found):
 def test_compiled_for_a_gpu(shape, capability, options, tmp_path, monkeypatch):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     built = assemble_grid(shape, capability, **options)
-    assert set(built) == {"read", "pull"}
+    assert set(built) == {"forward", "backward"}
     for kernel in built.values():
         assert f"sm_{capability}" in kernel.asm["ptx"] and kernel.asm["cubin"][:4] == b"\x7fELF"
         assert ".local" not in kernel.asm["ptx"], "registers spill, or a tuple lies in memory"
     if not options.get("to_points", True):
-        assert built["pull"].asm["ptx"].count("ld.global.v2") == 1, (
+        assert built["backward"].asm["ptx"].count("ld.global.v2") == 1, (
             "the table is read although nobody asked for the points' gradient"
         )
 
