@@ -1,4 +1,4 @@
-"""Cameras, rays and samplers: geometry against brute force, laws against their ranges, batches against their members."""
+"""Cameras, rays and camera sampling: geometry by brute force, ranges, batches and members."""
 
 import math
 
@@ -38,13 +38,14 @@ def some_cameras(b: int, v: int, seed: int = 0) -> Cameras:
 
 @settings(deadline=None, max_examples=20)
 @given(st.floats(-90, 90), st.floats(-1000, 1000), st.floats(0.1, 10))
-def test_a_pose_is_a_rotation_that_looks_at_the_origin(elevation, azimuth, distance):
+def test_a_pose_is_a_rotation_aimed_at_the_origin(elevation, azimuth, distance):
     pose = look_at(*(torch.tensor(x, dtype=torch.float64) for x in (elevation, azimuth, distance)))
-    turn, position = pose[:3, :3], pose[:3, 3]
-    torch.testing.assert_close(turn.T @ turn, torch.eye(3).double(), atol=1e-12, rtol=0)
-    assert torch.linalg.det(turn) > 0
-    torch.testing.assert_close(position, distance * turn[:, 2])
-    assert turn[2, 0] == 0 and turn[2, 1] >= 0  # level, and the right way up
+    rotation, position = pose[:3, :3], pose[:3, 3]
+    identity = torch.eye(3).double()
+    torch.testing.assert_close(rotation.T @ rotation, identity, atol=1e-12, rtol=0)
+    assert torch.linalg.det(rotation) > 0
+    torch.testing.assert_close(position, distance * rotation[:, 2])
+    assert rotation[2, 0] == 0 and rotation[2, 1] >= 0  # level, and not upside down
     assert math.isclose(
         position[2].item(), distance * math.sin(math.radians(elevation)), abs_tol=1e-9
     )
@@ -54,15 +55,13 @@ def test_a_pose_is_a_rotation_that_looks_at_the_origin(elevation, azimuth, dista
 def test_wrapped_angles(angle):
     wrapped = wrap_degrees(torch.tensor(angle))
     assert -180 <= wrapped < 180
-    assert (
-        abs(math.remainder(wrapped.item() - angle, 360)) < 0.05
-    )  # 32-bit numbers of size 1e5 are 0.008 apart
+    # float32 numbers of size 1e5 are 0.008 apart
+    assert abs(math.remainder(wrapped.item() - angle, 360)) < 0.05
 
 
-@pytest.mark.parametrize(
-    "b", [1, 2, 3, 4]
-)  # 3 is where a cross product without a dimension goes wrong
-def test_a_batch_is_its_members(b):
+# with 3 prompts, a cross product without a dimension takes the wrong axis
+@pytest.mark.parametrize("b", [1, 2, 3, 4])
+def test_a_batch_equals_its_members(b):
     cameras = some_cameras(b, 3)
     rays = camera_rays(cameras, 4, 6)
     for i in range(b):
@@ -85,26 +84,26 @@ def test_points_on_rays_project_to_the_centres_of_their_pixels():
         torch.cat([points, torch.ones(*points.shape[:-1], 1)], -1),
     )
     focal = (h / 2 / (cameras.fovy / 2).deg2rad().tan())[..., None, None]
-    column, row = (
-        w / 2 - focal * local[..., 0] / local[..., 2],
-        h / 2 + focal * local[..., 1] / local[..., 2],
-    )
+    column = w / 2 - focal * local[..., 0] / local[..., 2]
+    row = h / 2 + focal * local[..., 1] / local[..., 2]
     torch.testing.assert_close(column, (torch.arange(w) + 0.5).expand_as(column), atol=1e-3, rtol=0)
     torch.testing.assert_close(
         row, (torch.arange(h) + 0.5)[:, None].expand_as(row), atol=1e-3, rtol=0
     )
 
 
-def test_every_second_pixel_centre_lies_between_two_of_twice_the_resolution():
+def test_pixel_centres_are_the_means_of_those_at_twice_the_resolution():
     cameras = some_cameras(1, 2)
     coarse, fine = camera_rays(cameras, 4, 4), camera_rays(cameras, 8, 8)
-    looked = lambda rays: (
-        rays.directions / (rays.directions @ -cameras.c2w()[0, 0, :3, 2])[..., None]
-    )  # on the plane one ahead
-    mean = torch.nn.functional.avg_pool2d(looked(fine)[0, 0].permute(2, 0, 1)[None], 2)[0].permute(
-        1, 2, 0
-    )
-    torch.testing.assert_close(mean, looked(coarse)[0, 0], atol=1e-5, rtol=1e-5)
+    ahead = -cameras.c2w()[0, 0, :3, 2]
+
+    def on_plane(rays):
+        "Points of the first view's rays on the plane at distance one."
+        directions = rays.directions[0, 0]
+        return (directions / (directions @ ahead)[..., None]).permute(2, 0, 1)[None]
+
+    mean = torch.nn.functional.avg_pool2d(on_plane(fine), 2)
+    torch.testing.assert_close(mean, on_plane(coarse), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("bounds", [sphere_bounds, box_bounds])
@@ -117,7 +116,7 @@ def test_bounds_against_brute_force(bounds):
     points = origins[:, None] + t[:, None] * directions[:, None]
     size = points.norm(dim=-1) if bounds is sphere_bounds else points.abs().amax(-1)
     length = (size < 0.8).float().sum(-1) * 1e-3
-    assert (length - (far - near)).abs().max() < 2e-3  # two ends, each within a step
+    assert (length - (far - near)).abs().max() < 2e-3  # each end within one step
     assert torch.equal(hit, far > near) and (near >= 0).all() and (near <= far).all()
     assert not hit[length == 0].logical_and(far[length == 0] - near[length == 0] > 2e-3).any()
     middle = origins + ((near + far) / 2)[:, None] * directions
@@ -136,18 +135,14 @@ def test_bounds_of_rays_along_the_axes():
         )
         near, far, hit = bounds(-3 * axes + 2 * axes.roll(1, -1), axes, 1.0)
         assert not hit.any() and torch.equal(near, far)
-    on_the_face = torch.tensor([[1.0, 0.0, -3.0]])  # in the plane of a side
-    assert all(
-        x.isfinite().all()
-        for x in box_bounds(on_the_face, torch.tensor([[0.0, 0.0, 1.0]]), 1.0)[:2]
-    )
+    on_the_face = torch.tensor([[1.0, 0.0, -3.0]])  # in the plane of a face
+    along_z = torch.tensor([[0.0, 0.0, 1.0]])
+    assert all(x.isfinite().all() for x in box_bounds(on_the_face, along_z, 1.0)[:2])
 
 
 def test_a_sphere_per_ray():
-    origins, directions = (
-        torch.tensor([[-3.0, 0, 0]]).expand(2, 3),
-        torch.tensor([[1.0, 0, 0]]).expand(2, 3),
-    )
+    origins = torch.tensor([[-3.0, 0, 0]]).expand(2, 3)
+    directions = torch.tensor([[1.0, 0, 0]]).expand(2, 3)
     near, far, hit = sphere_bounds(origins, directions, torch.tensor([1.0, 2.0]))
     assert near.tolist() == [2, 1] and far.tolist() == [4, 5] and hit.all()
 
@@ -186,7 +181,7 @@ def test_azimuths_cover_the_circle():
 
 
 def test_framed_prompts_take_different_slots_each_time():
-    "Which prompt is seen from where is not tied to its place in the batch."
+    "The azimuth of a prompt does not depend on its position in the batch."
     first = [
         sample_cameras(FramedCameras(), 8, 1, make_rng(seed)).azimuth[0, 0].item()
         for seed in range(40)
@@ -206,12 +201,11 @@ def test_the_framed_sphere_touches_the_frame(fovy):
     distance = framing_distance(torch.tensor(fovy), 0.5, 1.0)
     rays = camera_rays(orbit(1, fovy=fovy, distance=distance.item()), 201, 201)
     hit = rays.image(sphere_bounds(*rays.flat(), 0.5)[2][..., None].float())[0, 0, 0]
-    assert (
-        hit[100, 100] and hit[1, 100] and hit[100, 1] and not hit[0, 0]
-    )  # all but the outermost row of pixels
+    # all but the outermost row of pixels
+    assert hit[100, 100] and hit[1, 100] and hit[100, 1] and not hit[0, 0]
 
 
-def test_the_release_s_evaluation_orbits():
+def test_evaluation_orbits_of_the_release():
     test, val = orbit(120, 15, 70, 1.2, endpoint=True), orbit(30, 15, 70, 1.5)
     assert test.azimuth[0, -1] == 360 and torch.allclose(
         test.c2w()[0, 0], test.c2w()[0, -1], atol=1e-5

@@ -12,7 +12,7 @@ from scaledreamer.core.tensors import make_rng
 from scaledreamer.field.decoders import mlp, mlp_plain
 from scaledreamer.kernels import mlp_numba
 from scaledreamer.kernels.mlp_numba import POINTS_PER_TASK
-from worlds import asked_in_a_fork
+from fixtures import call_in_fork
 
 
 def network(prompts, points, widths, seed=0):
@@ -188,4 +188,4 @@ def test_a_forked_process_has_its_own_threads(threads):
     x, weights, _ = network(2, POINTS_PER_TASK + 1, (16, 64, 3))
     last = lambda: mlp(x, weights)[0, -1].tolist()
     want = last()
-    assert asked_in_a_fork(last) == want
+    assert call_in_fork(last) == want

@@ -23,10 +23,10 @@ from scaledreamer.distill.timesteps import (
 )
 from scaledreamer.distill.shift import deterministic_shift, no_shift, random_shift, shifted
 from scaledreamer.prior.schedule import NoiseSchedule, scaled_linear
-from worlds import NOISE, SHAPE, T, X, draw, make, plane, pushed_texts_of, rows, texts_of
+from fixtures import NOISE, SHAPE, T, X, draw, make, plane, texts_with_negatives, rows, texts_of
 
 PRIOR = make()
-PLAIN, PUSHED = texts_of(PRIOR), pushed_texts_of(PRIOR)
+PLAIN, PUSHED = texts_of(PRIOR), texts_with_negatives(PRIOR)
 
 
 # the surrogate ----------------------------------------------------------------------------------------------------------------

@@ -26,7 +26,7 @@ from scaledreamer.field.hash_grid import HashGrid, HashGridSettings, spherical_h
 from scaledreamer.kernels.hash_grid_reference import encode_torch, grid_levels, vertex_index
 from scaledreamer.field.scene import FogScene, SphereScene
 from scaledreamer.kernels.hash_grid_numba import encode_numba
-from worlds import asked_in_a_fork
+from fixtures import call_in_fork
 
 SMALL = HashGridSettings(levels=5, log2_size=7, base=3, scale=1.7)
 
@@ -207,7 +207,7 @@ def test_a_forked_process_has_its_own_threads(threads):
     x, table = torch.rand(9000, 3, generator=make_rng(0)), table_of(SMALL)
     last = lambda: encode_numba(x, table, SMALL)[-1].tolist()
     want = last()
-    assert asked_in_a_fork(last) == want
+    assert call_in_fork(last) == want
 
 
 def test_without_a_place_for_machine_code(monkeypatch):

@@ -31,7 +31,7 @@ from scaledreamer.distill.vsd import EstimatorTrainer, esd, vsd
 from scaledreamer.prior.base import Conditioning
 from scaledreamer.prior.mixture import MixturePrior
 from scaledreamer.prior.stable_diffusion import StableDiffusionPrior
-from worlds import (
+from fixtures import (
     DOUBLE,
     NOISE,
     SHAPE,
@@ -40,7 +40,7 @@ from worlds import (
     draw,
     make,
     plane,
-    pushed_texts_of,
+    texts_with_negatives,
     rows,
     say,
     texts_of,
@@ -72,7 +72,7 @@ TEXTS = {
     "defects": say(PRIOR, "bad", "bad", "bad"),
     "described": say(PRIOR, "c", "bad", "bad"),
 }
-BARE, FULL, PUSHED = texts_of(PRIOR), texts_of(PRIOR, **TEXTS), pushed_texts_of(PRIOR, **TEXTS)
+BARE, FULL, PUSHED = texts_of(PRIOR), texts_of(PRIOR, **TEXTS), texts_with_negatives(PRIOR, **TEXTS)
 
 
 def with_shift(prior, latents, text, t, noise, camera=None, **options):

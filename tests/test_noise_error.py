@@ -36,7 +36,7 @@ from scaledreamer.prior.pipelines import random_pipeline
 from scaledreamer.prior.stable_diffusion import StableDiffusionPrior
 from scaledreamer.prior.toybox_mixture import toybox_mixture
 from scaledreamer.toybox.captions import TOYBOX_15
-from worlds import DOUBLE, draw
+from fixtures import DOUBLE, draw
 
 PRIOR = MixturePrior(
     {

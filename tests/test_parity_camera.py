@@ -1,4 +1,4 @@
-"""Cameras and rays against the release's (fixture 07): poses, rays, both training samplers, both evaluation orbits."""
+"""Cameras of the paper's release (fixture 07): poses, rays, training samplers, orbits."""
 
 import math
 from pathlib import Path
@@ -27,7 +27,7 @@ def near(got: torch.Tensor, want: torch.Tensor, tolerance: float) -> None:
 
 
 def check_poses(cameras: Cameras, group: str) -> None:
-    "c2w, origins and directions of a group whose cameras are `cameras`, prompts and views in one row."
+    "Compare c2w, origins and directions with a group, prompts and views along one axis."
     rays = camera_rays(cameras, 5, 7)
     near(cameras.c2w().flatten(0, 1), DATA[f"{group}/c2w"], 1e-5)
     near(rays.origins.flatten(0, 1), DATA[f"{group}/rays_o"], 1e-5)
@@ -45,8 +45,8 @@ def test_given_angles():
     near(camera_condition(cameras.c2w()).flatten(0, 1), DATA["single/mvdream_camera16"], 1e-5)
 
 
-def test_three_cameras_are_three_cameras():
-    "The release crosses over the batch axis when it holds exactly three cameras; here they are what they are alone."
+def test_a_batch_of_three_cameras():
+    "With exactly three cameras, the release's cross product takes the batch axis; ours does not."
     given = [
         DATA[f"in/{name}"][:3, None]
         for name in ("elevation_deg", "azimuth_deg", "distance", "fovy_deg")
@@ -90,7 +90,7 @@ def test_sampler_of_rigs(distribution):
     ("group", "views", "endpoint"), [("eval_val", 6, False), ("eval_test", 8, True)]
 )
 def test_orbits(group, views, endpoint):
-    "Evaluation of the 100k-step setup: elevation 15, fovy 70, distance 1.2; test views repeat the first as the last."
+    "Evaluation of the 100k-step setup; the test orbit repeats the first view as the last."
     cameras = orbit(views, elevation=15, fovy=70, distance=1.2, endpoint=endpoint)
     near(cameras.azimuth[0], DATA[f"{group}/azimuth"], 1e-4)
     assert math.isclose(DATA[f"{group}/fovy"][0].item(), math.radians(70), rel_tol=1e-6)

@@ -17,7 +17,7 @@ from scaledreamer.prior.mixture import MixturePrior
 from scaledreamer.prior.pipelines import quiet, random_pipeline
 from scaledreamer.prior.schedule import NoiseSchedule, scaled_linear
 from scaledreamer.prior.stable_diffusion import TINY, StableDiffusionPrior
-from worlds import DOUBLE, draw
+from fixtures import DOUBLE, draw
 
 
 # the schedule -------------------------------------------------------------------------------------

@@ -36,8 +36,8 @@ from scaledreamer.toy.measures import (
 from scaledreamer.toy.points import Modes, exact_vsd, modes_of, moons, ring, true_source, uneven
 from scaledreamer.toy.lockstep_strips import norm_curves, strip
 from scaledreamer.toy.study import plot_final, plot_study, run_images, run_points, save_study
-from worlds import DOUBLE
-from worlds import draw as double
+from fixtures import DOUBLE
+from fixtures import draw as double
 
 WORLD, SCHEDULE = ring(), scaled_linear()
 FEW = ToySettings(
