@@ -1,4 +1,4 @@
-"""Meshes and turntables: known shapes, and files read back by other programs than wrote them."""
+"""Meshes and turntables: known shapes, and files read by other programs than wrote them."""
 
 import base64
 import io
@@ -21,7 +21,7 @@ from scaledreamer.render.volume import RenderSettings
 from scaledreamer.view.mesh import extract_mesh, for_gltf, save_mesh
 from scaledreamer.view.turntable import contact_sheet, save_turntable, turntable_frames
 
-# meshes ----------------------------------------------------------------------------------------------------------------------
+# meshes
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +57,7 @@ def test_one_prompt_of_several():
         assert together.volume == pytest.approx(4 / 3 * math.pi * radius**3, rel=0.03)
 
 
-def test_a_cloud_and_a_wall():
+def test_a_density_scene_and_a_surface_cut_by_the_cube():
     assert extract_mesh(FogScene(extinction=20.0, ball_radius=0.5), resolution=32).is_watertight
     cut = extract_mesh(
         SphereScene(torch.tensor([0.4]), centers=torch.tensor([[1.0, 0.0, 0.0]])), resolution=32
@@ -88,8 +88,8 @@ def test_files_hold_the_mesh(chair, tmp_path, kind):
     assert [p.name for p in path.parent.iterdir()] == [path.name]
 
 
-def test_a_glb_stands_up_and_looks_ahead(chair, tmp_path):
-    "Read by hand: y is up, z is the front; the chair's back is high and behind."
+def test_a_glb_is_upright_and_faces_forward(chair, tmp_path):
+    "Parsed without trimesh: y is up, z is the front; the chair's backrest is high and behind."
     save_mesh(chair, tmp_path / "chair.glb")
     data = (tmp_path / "chair.glb").read_bytes()
     assert data[:4] == b"glTF" and struct.unpack("<I", data[4:8]) == (2,)
@@ -128,7 +128,7 @@ def test_other_formats_are_refused(chair, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-# turntables ------------------------------------------------------------------------------------------------------------------
+# turntables
 
 
 @pytest.fixture(scope="module")
@@ -148,7 +148,7 @@ def test_the_camera_starts_in_front_and_turns_left():
         and middle[1].argmax() == 1
         and middle[2, 0] < 0.2
     )
-    with pytest.raises(UsageError, match="want 0 to 0"):
+    with pytest.raises(UsageError, match="expected 0 to 0"):
         turntable_frames(SphereScene(torch.tensor([0.5])), index=1)
 
 
@@ -177,7 +177,7 @@ def test_mp4(frames, tmp_path, side):
 
 @pytest.mark.parametrize("height, width", [(1, 1), (2, 2), (3, 5), (1, 64), (64, 1), (7, 2)])
 def test_mp4_of_odd_and_tiny_frames(tmp_path, height, width):
-    "An odd side loses its last line, a single line is doubled; every frame is there."
+    "An odd side loses its last line, a single line is doubled; no frame is missing."
     shades = torch.linspace(0.2, 0.8, 5).reshape(5, 1, 1, 1).expand(5, 3, height, width)
     save_turntable(shades, tmp_path / "grey.mp4")
     reader = imageio_ffmpeg.read_frames(str(tmp_path / "grey.mp4"))
@@ -191,13 +191,13 @@ def test_mp4_of_odd_and_tiny_frames(tmp_path, height, width):
 @pytest.mark.parametrize("kind", ["gif", "mp4", "html"])
 @pytest.mark.parametrize("shape", [(0, 3, 8, 8), (2, 3, 0, 8)])
 def test_a_turntable_of_nothing_is_refused(tmp_path, kind, shape):
-    with pytest.raises(UsageError, match="want at least one frame of at least one pixel"):
+    with pytest.raises(UsageError, match="expected at least one frame of at least one pixel"):
         save_turntable(torch.zeros(shape), tmp_path / f"none.{kind}")
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("kind", ["gif", "mp4", "html"])
-def test_a_folder_in_the_way_is_said(frames, tmp_path, kind):
+def test_a_folder_of_that_name_is_reported(frames, tmp_path, kind):
     (tmp_path / f"car.{kind}").mkdir()
     with pytest.raises(
         RunError,
@@ -207,15 +207,16 @@ def test_a_folder_in_the_way_is_said(frames, tmp_path, kind):
     assert [path.name for path in tmp_path.iterdir()] == [f"car.{kind}"]
 
 
-def test_a_film_that_ffmpeg_left_unfinished_is_said(frames, tmp_path, monkeypatch):
-    "ffmpeg that dies while it closes raises nothing."
+def test_a_video_that_ffmpeg_left_unfinished_is_reported(frames, tmp_path, monkeypatch):
+    "ffmpeg that fails while it closes raises nothing."
     count = imageio_ffmpeg.count_frames_and_secs
     monkeypatch.setattr(
         imageio_ffmpeg, "count_frames_and_secs", lambda path: (count(path)[0] - 1, 0.1)
     )
     with pytest.raises(
         RunError,
-        match="^ffmpeg wrote 5 of 6 frames of .*: free some space, or write a .gif or .html instead$",
+        match="^ffmpeg wrote 5 of 6 frames of .*: free some space, "
+        "or write a .gif or .html instead$",
     ):
         save_turntable(frames, tmp_path / "car.mp4")
     assert not list(tmp_path.iterdir())
@@ -240,7 +241,8 @@ def test_ffmpeg_that_fails_is_one_sentence(frames, tmp_path, monkeypatch):
     monkeypatch.setattr(imageio_ffmpeg, "write_frames", missing)
     with pytest.raises(
         RunError,
-        match=r"^ffmpeg cannot write .*No ffmpeg exe could be found.*\): write a .gif or .html instead$",
+        match=r"^ffmpeg cannot write .*No ffmpeg exe could be found.*\): "
+        "write a .gif or .html instead$",
     ):
         save_turntable(frames, tmp_path / "car.mp4")
     assert not list(tmp_path.iterdir())

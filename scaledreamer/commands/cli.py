@@ -15,7 +15,7 @@ import sys
 from collections.abc import Callable
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import tyro
 
@@ -128,6 +128,7 @@ def translate_renamed(
     return renamed
 
 # %% ../../nbs/90_commands/40_cli.ipynb #392c5ffd
+@runtime_checkable
 class Command(Protocol):
     "What every command's dataclass has."
 

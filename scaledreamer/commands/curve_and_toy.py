@@ -32,10 +32,10 @@ from ..noise_error.error import ErrorCurve
 from ..noise_error.image_sources import CurveProtocol, PriorSamples, ToyboxRenders
 from ..prior.base import Prior
 from ..toy.image_toy import image_settings
-from ..toy.lockstep import ToySettings
 from ..toy.point_estimator import Learning, PointEstimator
 from ..toy.points import exact_vsd, ring
 from ..toy.study import plot_final, plot_study, run_images, run_points, save_study
+from ..toy.toy_settings import ToySettings
 from ..train.corpora import load_corpus
 from ..train.train_settings import LEARNING, METHODS, DistillSettings, TrainSettings
 from ..train.train_settings import build_prior, method_of

@@ -1,5 +1,6 @@
-"""The curve explorer and the stepper: how long the kernel takes for a drag, and the notebooks as a reader sees them, in a real JupyterLab in
-headless Chromium. Screenshots stay in pytest's folder, whose path a failure prints."""
+"""The curve explorer and the stepper: the kernel's time for a slider move, and the notebooks in a
+real JupyterLab in headless Chromium. Screenshots are in pytest's folder, whose path a failure
+prints."""
 
 import json
 import os
@@ -27,13 +28,12 @@ from scaledreamer.view import curve_explorer, curve_exploration, lockstep_frames
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = {
     name: ROOT / f"nbs/80_view/{name}.ipynb"
-    for name in ("03_live_figure", "05_curve_explorer", "07_stepper")
+    for name in ("40_live_figure", "60_curve_explorer", "80_stepper")
 }
-HARMLESS = (
-    "undefined",
-)  # errors in the page that are none: plotly rejects, with nothing, the promise of an animation that a newer one replaces
+# not an error: plotly rejects the promise of an animation that a newer one replaces
+HARMLESS = ("undefined",)
 
-# in the kernel ---------------------------------------------------------------------------------------------------------------
+# in the kernel
 
 
 T = torch.arange(20, 1000, 10)
@@ -53,7 +53,7 @@ def pair():
 
 
 def test_a_curve_that_halves_is_matched_a_hundred_later(pair):
-    "e_FT is half of e_PT, so that the match is at dt = 100 wherever it is inside the curves, whichever images are chosen."
+    "e_FT is half of e_PT, so the match is at dt = 100 inside the curves, whichever the images."
     for texts in ((), ("a",), ("b",), ("b", "a")):
         curves = curve_exploration.lines(pair, texts)
         for t0 in (20, 333, 870):
@@ -102,8 +102,8 @@ def test_what_is_drawn_is_what_training_draws(pair):
     ) == {620 + 150}
 
 
-def test_a_drag_is_answered_in_the_kernel(pair):
-    "At most 100 ms for curves of 240 images at 100 timesteps; the median, for the machine may be busy."
+def test_a_slider_move_takes_the_kernel_less_than_100_ms(pair):
+    "Curves of 240 images at 100 timesteps; the median, because the machine may be busy."
     many = ErrorCurve(torch.arange(0, 1000, 10), torch.rand(240, 100), "x", ("a",) * 240)
     explorer = curve_explorer.CurveExplorer({"p": curve_exploration.CurvePair(many, many, pair.x0)})
     took = []
@@ -134,7 +134,7 @@ def test_another_prior_with_other_texts_and_times(pair):
     assert (explorer.t0.min, explorer.t0.max, explorer.shown.t0) == (20, 990, 400)
 
 
-class Cloud:
+class RandomParticles:
     "2,000 random particles of four methods."
 
     methods = dict.fromkeys(("sds", "csd", "vsd", "asd"))
@@ -158,9 +158,9 @@ def far(x):
     return -x.square().sum(1)
 
 
-def test_a_frame_is_shown_in_the_kernel():
-    "At most 50 ms for four methods of 2,000 particles; the median, for the machine may be busy."
-    run = Cloud()
+def test_a_frame_takes_the_kernel_less_than_50_ms():
+    "Four methods of 2,000 particles; the median, because the machine may be busy."
+    run = RandomParticles()
     view = stepper.Stepper(run, far)
     took = []
     for _ in range(20):
@@ -175,14 +175,14 @@ def test_a_frame_is_shown_in_the_kernel():
 
 
 def test_play_ends_where_the_run_does():
-    view = stepper.Stepper(Cloud(refuse=4), far, interval=0.0)
+    view = stepper.Stepper(RandomParticles(refuse=4), far, interval=0.0)
     view.play.value = True
     view.thread.join(30)
     assert (view.play.value, view.index, view.label.value) == (False, 3, "stopped: no further")
 
 
 def test_a_second_play_does_not_wait_for_the_first():
-    view = stepper.Stepper(Cloud(), far, interval=5.0)
+    view = stepper.Stepper(RandomParticles(), far, interval=5.0)
     for playing in (True, False, True, False):
         view.play.value = playing
     view.thread.join(30)
@@ -197,7 +197,7 @@ def test_a_second_play_does_not_wait_for_the_first():
     ids=lambda path: path.stem,
 )
 def test_no_widget_is_committed(path):
-    "Its model is gone when the file is opened, and then it is an error in the reader's face; a state is megabytes."
+    "Without its kernel a widget is shown as an error, and its state takes megabytes."
     notebook = json.loads(path.read_text(encoding="utf-8"))
     assert "widgets" not in notebook["metadata"], "execute with store_widget_state=False"
     shown = {
@@ -211,7 +211,7 @@ def test_no_widget_is_committed(path):
     )
 
 
-# in a browser ----------------------------------------------------------------------------------------------------------------
+# in a browser
 
 ARGUMENTS = (
     "--no-sandbox",
@@ -227,20 +227,24 @@ SETTINGS = {
         "checkForUpdates": False,
         "doNotDisturbMode": True,
         "fetchNews": "false",
-    },  # nothing is asked of the network
+    },  # no requests to the network
     "notebook-extension/tracker": {
         "windowingMode": "none"
     },  # cells out of sight are in the page too
 }
 WATCH = """
 () => {
-  const label = () => document.querySelector('.jp-OutputArea-output .widget-html-content').textContent;
+  const html = '.jp-OutputArea-output .widget-html-content';
+  const label = () => document.querySelector(html).textContent;
   let drawn = 0;
-  document.querySelector('.jp-OutputArea-output .js-plotly-plot').on('plotly_afterplot', () => { drawn += 1 });
+  const plot = document.querySelector('.jp-OutputArea-output .js-plotly-plot');
+  plot.on('plotly_afterplot', () => { drawn += 1 });
   window.answered = [];
   document.addEventListener('keydown', () => {
     const start = performance.now(), before = label(), was = drawn;
-    const wait = () => label() === before || drawn === was ? requestAnimationFrame(wait) : window.answered.push(performance.now() - start);
+    const wait = () => label() === before || drawn === was
+      ? requestAnimationFrame(wait)
+      : window.answered.push(performance.now() - start);
     requestAnimationFrame(wait);
   }, true);
 }
@@ -264,7 +268,7 @@ def browser() -> Iterator:
 def lab(
     browser, tmp_path_factory
 ) -> Iterator[str]:  # the browser first: no server where there is none
-    "The address of a JupyterLab that holds copies of the notebooks and knows no settings but ours."
+    "The address of a JupyterLab with copies of the notebooks and no settings but these."
     home = tmp_path_factory.mktemp("lab")
     for path in NOTEBOOKS.values():
         shutil.copy(path, home)
@@ -332,7 +336,7 @@ def wait_for(address: str, server: subprocess.Popen, log: Path) -> str:
 
 @contextmanager
 def watched(browser, folder: Path) -> Iterator:
-    "A page whose console is read, and which leaves its picture however it ends."
+    "A page whose console errors are collected, and which leaves a screenshot however it ends."
     page = browser.new_page(viewport={"width": 1300, "height": 1100})
     page.set_default_timeout(60_000)
     page.errors = []
@@ -352,6 +356,7 @@ def watched(browser, folder: Path) -> Iterator:
         page.close()
 
 
+PLOT = ".jp-OutputArea-output .js-plotly-plot"
 CELLS = "() => window.jupyterapp?.shell?.currentWidget?.content?.model?.cells?.length > 1"
 
 
@@ -377,10 +382,8 @@ def notebook(browser, lab: str, folder: Path, name: str) -> Iterator:
             if output["output_type"] == "error" or output.get("name") == "stderr"
         ]
         assert not errors, errors[0]
-        page.wait_for_function(
-            "() => document.querySelector('.jp-OutputArea-output .js-plotly-plot')?._fullData?.length"
-        )
-        page.wait_for_timeout(500)  # a reader looks first
+        page.wait_for_function(f"() => document.querySelector('{PLOT}')?._fullData?.length")
+        page.wait_for_timeout(500)  # a reader does not act at once
         page.screenshot(path=folder / "start.png")
         yield page
         assert not page.errors, page.errors
@@ -393,8 +396,10 @@ def focus_slider(page, which: int) -> None:
 
 
 def answer(page, keys: list[str], most: float = 300.0, rounds: int = 10) -> int:
-    """How many rounds of keys it took: the median time from the press of a key to the frame in which the label has changed and the figure is drawn anew is at most so many milliseconds. A machine that does
-    something else at the same time may need another round of all keys."""
+    """How many rounds of keys it took until the median time is at most so many milliseconds.
+
+    The time is from the press of a key to the frame in which the label has changed and the figure
+    is drawn again. A busy machine may need another round of all keys."""
     page.evaluate(WATCH)
     medians = []
     for _ in range(rounds):
@@ -418,18 +423,18 @@ def label(page) -> str:
 def wait_for_figure(page, condition: str) -> None:
     "Until the traces d of the figure in the page are such."
     page.wait_for_function(
-        f"() => {{ const d = document.querySelector('.jp-OutputArea-output .js-plotly-plot')._fullData; return {condition}; }}"
+        f"() => {{ const d = document.querySelector('{PLOT}')._fullData; return {condition}; }}"
     )
 
 
 def test_a_figure_in_a_box_shows_what_happened_before_it_was_shown(lab, browser, tmp_path):
-    with notebook(browser, lab, tmp_path, "03_live_figure") as page:
+    with notebook(browser, lab, tmp_path, "40_live_figure") as page:
         wait_for_figure(page, "d[0].y[0] === 3")
         assert label(page) == "a line that falls"
 
 
 def test_the_explorer_in_a_lab(lab, browser, tmp_path):
-    with notebook(browser, lab, tmp_path, "05_curve_explorer") as page:
+    with notebook(browser, lab, tmp_path, "60_curve_explorer") as page:
         assert label(page).startswith("t0 = 440:")
         wait_for_figure(page, "d[5].x[0] === 440")
         focus_slider(page, 0)
@@ -452,8 +457,8 @@ def test_the_explorer_in_a_lab(lab, browser, tmp_path):
 
 
 def test_the_stepper_in_a_lab(lab, browser, tmp_path):
-    with notebook(browser, lab, tmp_path, "07_stepper") as page:
-        assert label(page).startswith("step 2,")  # it has taken one before it was shown
+    with notebook(browser, lab, tmp_path, "80_stepper") as page:
+        assert label(page).startswith("step 2,")  # it has taken one step before it was shown
         wait_for_figure(page, "d[9].x[0] === 2")
         play, step = (
             page.locator(f"button.jupyter-button:has-text('{name}')") for name in ("play", "step")
@@ -462,7 +467,7 @@ def test_the_stepper_in_a_lab(lab, browser, tmp_path):
         wait_for_figure(page, "d[9].x[0] === 4")
         play.click()
         wait_for_figure(page, "d[6].x.length >= 12")
-        play.click()  # heard while it plays
+        play.click()  # received while it plays
         page.wait_for_timeout(1000)
         still = label(page)
         page.wait_for_timeout(1000)
@@ -475,7 +480,7 @@ def test_the_stepper_in_a_lab(lab, browser, tmp_path):
 
 
 def test_pages_need_no_kernel_and_no_network(browser, tmp_path, pair):
-    run = Cloud()
+    run = RandomParticles()
     for _ in range(4):
         run.step()
     curve_explorer.save_curve_page(tmp_path / "curve.html", pair, every=10)
@@ -491,15 +496,11 @@ def test_pages_need_no_kernel_and_no_network(browser, tmp_path, pair):
             page.screenshot(path=tmp_path / f"{name}.png")
             rail = page.locator(".slider-rail-touch-rect").bounding_box()
             page.mouse.click(rail["x"] + rail["width"] - 1, rail["y"] + rail["height"] / 2)
-            page.wait_for_function(
-                f"() => document.querySelector('.js-plotly-plot')._fullData[{trace}].x[0] > {before}"
-            )
+            page.wait_for_function(f"{first} > {before}")
             page.wait_for_timeout(300)
             page.screenshot(path=tmp_path / f"{name}-end.png")
             if name == "steps":
                 page.locator(".updatemenu-button:has-text('play')").click()
-                page.wait_for_function(
-                    f"() => document.querySelector('.js-plotly-plot')._fullData[{trace}].x[0] === {after}"
-                )
+                page.wait_for_function(f"{first} === {after}")
             assert not page.errors, page.errors
             assert all(url.startswith(("file:", "data:", "blob:")) for url in asked), asked
