@@ -22,7 +22,7 @@ Range = tuple[float, float]  # lowest and highest value
 
 
 def _check(name: str, elevation: Range, fovy: Range, distance: Range = (1.0, 1.0)) -> None:
-    "Raises `UsageError` for ranges that are empty or not those of a camera."
+    "Raises `UsageError` for ranges that are not increasing or outside their limits."
     for field, (low, high), least, most in (
         ("elevation", elevation, -90, 90),
         ("fovy", fovy, 1, 170),
