@@ -1,4 +1,4 @@
-"""The benchmarks run in their quick form, refuse pairs that do not do the same, and the command says what is wrong before any work."""
+"""Benchmarks run in their quick form, refuse pairs that differ, and check their arguments."""
 
 import json
 import math
@@ -12,8 +12,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from scaledreamer.bench.field_speed import fused_pair, grid_pair
 from scaledreamer.bench.batch_scaling import batch_pair
+from scaledreamer.bench.field_speed import fused_pair, grid_pair
 from scaledreamer.bench.paired import PairedBenchmark, agree, compare, passes, quartiles
 from scaledreamer.bench.render_speed import check_quality
 from scaledreamer.bench.step_speed import same_step
@@ -59,7 +59,7 @@ class Clock:
         return call
 
 
-# arithmetic ------------------------------------------------------------------------------------------------------------------
+# arithmetic
 
 
 def test_turns_medians_and_ratios():
@@ -136,16 +136,14 @@ def test_own_time_of_parts_also_where_one_fails():
     assert found == {"parts": {"out": 0.0, "other": 3.0, "whole": 3.0}, "other_percent": 100.0}
 
 
-# checks ----------------------------------------------------------------------------------------------------------------------
+# checks
 
 
-def test_agreement_is_relative_and_told():
+def test_agreement_is_relative():
     x = torch.tensor([1.0, 1000.0])
     agree("b", {"y": x + 0.009}, {"y": x})
-    with pytest.raises(
-        RunError,
-        match=r"b: y is 2e-05 of its largest number away from the anchor's, 1e-05 is allowed",
-    ):
+    message = "b: y is 2e-05 of its largest number away from the baseline's, 1e-05 is allowed"
+    with pytest.raises(RunError, match=message):
         agree("b", {"y": x + 0.02}, {"y": x})
     with pytest.raises(RunError, match="gradient of w"):
         agree("b", {"gradient of w": x + 0.2}, {"gradient of w": x})
@@ -159,7 +157,7 @@ def test_passes_gives_true_gradients():
     assert w.grad is None
 
 
-def test_a_wrong_grid_is_found_out():
+def test_a_wrong_grid_is_refused():
     pairs = [
         grid_pair(HashGridSettings(levels=2, log2_size=8), torch.rand(64, 3), True)
         for _ in range(2)
@@ -169,8 +167,10 @@ def test_a_wrong_grid_is_found_out():
         PairedBenchmark(pairs[0].name, pairs[0].ours, pairs[1].baseline).verify()
 
 
-class FusedByHand(torch.nn.Module):
-    "tinycudann.NetworkWithInputEncoding in plain torch, half precision: its row of parameters is the layers, [out, in], then the table."
+class PlainFused(torch.nn.Module):
+    """tinycudann.NetworkWithInputEncoding in plain torch, half precision.
+
+    Its vector of parameters is the layers, [out, in], then the table."""
 
     def __init__(self, dims, outputs, encoding, network):
         super().__init__()
@@ -207,16 +207,16 @@ class FusedByHand(torch.nn.Module):
 
 
 @pytest.mark.parametrize("outputs", [16, 3])
-def test_tiny_cuda_nn_s_grid_and_network_by_hand(outputs, monkeypatch):
-    "Our table and weights in its row of parameters mean the same; points whose coordinates are in another order are found out."
+def test_tiny_cuda_nn_against_plain_torch(outputs, monkeypatch):
+    "Our table and weights mean the same as its vector; swapped coordinates are refused."
     monkeypatch.setitem(
-        sys.modules, "tinycudann", SimpleNamespace(NetworkWithInputEncoding=FusedByHand)
+        sys.modules, "tinycudann", SimpleNamespace(NetworkWithInputEncoding=PlainFused)
     )
     pair = fused_pair(HashGridSettings(levels=8, log2_size=8), torch.rand(256, 3), outputs=outputs)
     row = compare(pair, rounds=2, warmups=0)
     assert row["widths"] == [16, 64, outputs] and row["ratio"] > 0
     monkeypatch.setattr(
-        FusedByHand, "forward", lambda self, x, right=FusedByHand.forward: right(self, x.flip(1))
+        PlainFused, "forward", lambda self, x, right=PlainFused.forward: right(self, x.flip(1))
     )
     with pytest.raises(
         RunError, match="hashgrid and decoder, half precision: half .* 0.05 is allowed"
@@ -224,7 +224,7 @@ def test_tiny_cuda_nn_s_grid_and_network_by_hand(outputs, monkeypatch):
         pair.verify()
 
 
-def test_a_generator_whose_prompts_mix_is_found_out():
+def test_a_generator_whose_prompts_mix_is_refused():
     class Mixing(torch.nn.Module):
         def __init__(self):
             super().__init__()
@@ -239,10 +239,10 @@ def test_a_generator_whose_prompts_mix_is_found_out():
         compare(batch_pair("mixing", Mixing(), 2, 16, "cpu"))
 
 
-def test_other_pictures_and_other_steps_are_found_out():
-    with pytest.raises(RunError, match="render: anchor is a picture of 12.0 dB"):
+def test_other_images_and_other_steps_are_refused():
+    with pytest.raises(RunError, match="render: baseline has 12.0 dB"):
         check_quality({"psnr": {"ours": 40.0, "baseline": 12.0}})
-    with pytest.raises(RunError, match="render: ours is a picture of nan dB"):
+    with pytest.raises(RunError, match="render: ours has nan dB"):
         check_quality({"psnr": {"ours": math.nan, "baseline": 40.0}})
     step = {"t": 500.0, "opacity": 0.3}
     for other in ({"t": 501.0}, {"opacity": 0.4}, {"opacity": math.nan}):
@@ -250,7 +250,7 @@ def test_other_pictures_and_other_steps_are_found_out():
             same_step("step", lambda: step, lambda: step | other, 0.05)()
 
 
-# the command -----------------------------------------------------------------------------------------------------------------
+# the command
 
 
 def test_every_benchmark_is_named(capsys):
@@ -291,12 +291,19 @@ def test_quick_form_gives_finite_ratios(name, tmp_path, capsys):
     )
 
 
-@pytest.mark.parametrize(("words", "said"), [
-    (["hashgird"], "no benchmark 'hashgird': give one of hashgrid, render"), ([], "no benchmark is named: give one of hashgrid"),
-    (["hashgrid", "--json", "."], "--json is .: it is a folder"), (["hashgrid", "--json", "file/a.json"], "file is a file"),
-    (["hashgrid", "--json"], "json"), (["hashgrid", "--device", "cuda:99"], "device 'cuda:99' is not on this machine"), (["hashgrid", "--fast"], "--fast"),
-])  # fmt: skip
-def test_wrong_words_are_one_sentence_before_any_work(words, said, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["hashgird"], "no benchmark 'hashgird': give one of hashgrid, render"),
+        ([], "no benchmark is named: give one of hashgrid"),
+        (["hashgrid", "--json", "."], "--json is .: it is a folder"),
+        (["hashgrid", "--json", "file/a.json"], "file is a file"),
+        (["hashgrid", "--json"], "json"),
+        (["hashgrid", "--device", "cuda:99"], "device 'cuda:99' is not on this machine"),
+        (["hashgrid", "--fast"], "--fast"),
+    ],
+)
+def test_wrong_arguments_are_refused_before_any_work(words, said, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").touch()
     monkeypatch.setitem(BENCHES, "hashgrid", lambda *_: pytest.fail("it ran"))
@@ -307,7 +314,7 @@ def test_wrong_words_are_one_sentence_before_any_work(words, said, tmp_path, mon
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
-def test_the_hash_grid_on_a_gpu_that_is_not_here(monkeypatch, capsys):
+def test_a_missing_gpu_is_refused(monkeypatch, capsys):
     monkeypatch.setitem(BENCHES, "hashgrid", lambda *_: pytest.fail("it ran"))
     assert run_command(["bench", "hashgrid", "--device", "cuda"]) == 2
     assert "device 'cuda' is not on this machine; there is " in capsys.readouterr().err
@@ -326,7 +333,7 @@ def test_a_failed_check_leaves_the_old_file(tmp_path, monkeypatch, capsys):
     )
 
 
-def test_against_a_commit_that_is_not_there():
+def test_against_an_unknown_commit():
     root = Path(__file__).resolve().parent.parent
     done = subprocess.run(
         [sys.executable, root / "tools/against.py", "nowhere"], capture_output=True, text=True

@@ -1,7 +1,8 @@
-"""The default training step of this checkout against that of another commit: `python tools/against.py COMMIT [--json FILE]`.
+"""Time the default training step of this checkout against that of another commit.
 
-Both run in processes of their own, in turns, with what the command line settles before it loads torch; each says the median of its steps. The
-result has the form of `scaledreamer bench`: ratio of the medians, and the quartiles round by round."""
+`python tools/against.py COMMIT [--json FILE]`. Both run in processes of their own, in alternating
+rounds, with the environment that the command line sets before it loads torch. The result has the
+form of `scaledreamer bench`: ratio of the medians, and the quartiles of the ratio per round."""
 
 import argparse
 import json
@@ -42,56 +43,58 @@ print(json.dumps({"times": times[5:], "environment": environment("cpu")}))
 
 
 def timed(checkout: Path, steps: int) -> dict:
+    "Seconds of the steps of one process, and its environment."
+    path = [str(checkout), *filter(None, [os.environ.get("PYTHONPATH")])]
     done = subprocess.run(
         [sys.executable, "-c", STEPS, str(steps)],
         cwd=checkout,
-        env=os.environ
-        | {
-            "PYTHONPATH": os.pathsep.join(
-                [str(checkout), *filter(None, [os.environ.get("PYTHONPATH")])]
-            )
-        },
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(path)},
         capture_output=True,
         text=True,
     )
     if done.returncode:
-        sys.exit(
-            f"{checkout}: {([f'exit code {done.returncode}'] + done.stderr.strip().splitlines())[-1]}"
-        )
+        lines = [f"exit code {done.returncode}", *done.stderr.strip().splitlines()]
+        sys.exit(f"{checkout}: {lines[-1]}")
     return json.loads(done.stdout.splitlines()[-1])
+
+
+def commit_of(name: str) -> str | None:
+    "Its short hash; None where this repository has no such commit."
+    command = ["git", "rev-parse", "--short=7", "--verify", "--quiet", f"{name}^{{commit}}"]
+    found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    return None if found.returncode else found.stdout.strip()
+
+
+def compared(commit: str, rounds: int, steps: int) -> list[tuple[dict, dict]]:
+    "What `timed` returns for this checkout and the commit, in each round."
+    with tempfile.TemporaryDirectory() as folder:
+        then, pairs = Path(folder) / "then", []
+        add = ["git", "worktree", "add", "--detach", "--quiet", then, commit]
+        subprocess.run(add, cwd=ROOT, check=True)
+        try:
+            for turn in range(rounds):
+                order = (ROOT, then) if turn % 2 == 0 else (then, ROOT)  # a drift falls on both
+                found = {checkout: timed(checkout, steps) for checkout in order}
+                pairs.append((found[ROOT], found[then]))
+        finally:
+            subprocess.run(["git", "worktree", "remove", "--force", then], cwd=ROOT, check=True)
+    return pairs
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("commit")
+    parser.add_argument("commit", help="hash, branch or tag")
     parser.add_argument("--rounds", type=int, default=6)
-    parser.add_argument("--steps", type=int, default=15, help="of a round")
+    parser.add_argument("--steps", type=int, default=15, help="per round")
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
-    found = subprocess.run(
-        ["git", "rev-parse", "--short=7", "--verify", "--quiet", f"{given.commit}^{{commit}}"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
-    if found.returncode:
+    commit = commit_of(given.commit)
+    if commit is None:
         parser.error(
-            f"no commit {given.commit!r} in this repository: give a hash, branch or tag that `git log --all` shows"
+            f"no commit {given.commit!r} in this repository: "
+            "give a hash, branch or tag that `git log --all` shows"
         )
-    commit = found.stdout.strip()
-    with tempfile.TemporaryDirectory() as folder:
-        then = Path(folder) / "then"
-        subprocess.run(
-            ["git", "worktree", "add", "--detach", "--quiet", then, commit], cwd=ROOT, check=True
-        )
-        try:
-            rounds = []
-            for turn in range(given.rounds):
-                order = (ROOT, then) if turn % 2 == 0 else (then, ROOT)  # a drift falls on both
-                found = {checkout: timed(checkout, given.steps) for checkout in order}
-                rounds.append((found[ROOT], found[then]))
-        finally:
-            subprocess.run(["git", "worktree", "remove", "--force", then], cwd=ROOT, check=True)
+    rounds = compared(commit, given.rounds, given.steps)
     ours, baseline = ([median(side["times"]) for side in sides] for sides in zip(*rounds))
     row = {
         "name": "step against itself",
@@ -104,22 +107,15 @@ def main() -> None:
         "baseline_is": f"the same at {commit}",
     }
     each = row["ratio_each_round"]
+    now, then = (1e3 * row[side]["median"] for side in ("ours", "baseline"))
     print(
-        f"step: now {1e3 * row['ours']['median']:.0f} ms, at {commit} {1e3 * row['baseline']['median']:.0f} ms: ratio {row['ratio']:.2f} [{each['low']:.2f} to {each['high']:.2f}]"
+        f"step: now {now:.0f} ms, at {commit} {then:.0f} ms: "
+        f"ratio {row['ratio']:.2f} [{each['low']:.2f} to {each['high']:.2f}]"
     )
     if given.json:
-        given.json.write_text(
-            json.dumps(
-                {
-                    "bench": "against",
-                    "quick": False,
-                    "environment": rounds[0][0]["environment"],
-                    "rows": [row],
-                },
-                indent=2,
-            )
-            + "\n"
-        )
+        environment = rounds[0][0]["environment"]
+        result = {"bench": "against", "quick": False, "environment": environment, "rows": [row]}
+        given.json.write_text(json.dumps(result, indent=2) + "\n")
 
 
 if __name__ == "__main__":
