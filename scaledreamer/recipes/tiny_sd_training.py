@@ -48,11 +48,9 @@ class RecipeSettings:
     steps: int = 9000  # optimiser steps, at least 1
     batch: int = 64  # images per step, at least 1
     lr: float = 7e-4  # highest learning rate of AdamW, above 0
-    seed: int = 0  # of renders, initial weights and every training step
+    seed: int = 0  # random seed of renders, initial weights and training steps
     ema: float = 0.999  # decay per step of the average of the weights, in [0, 1)
-    late: float = (
-        0.7  # share in [0, 1] of timesteps drawn from 750 to 999, where the view is learnt
-    )
+    late: float = 0.7  # share in [0, 1] of timesteps from 750 to 999, which teach the view
     singles: float = 0.7  # share in [0, 1] of images drawn from those of single shapes
     start: Path | None = None  # a tiny-sd folder whose weights training starts from
     save_every: int = 300  # steps between checkpoints
