@@ -31,7 +31,7 @@ from ..render.regularisers import eikonal, opaque, sparsity
 from ..render.render_settings import is_density_scene
 from ..render.volume import Rendering, render
 from .run import Run, step_conditioning
-from .run import build  # noqa: F401  (also found here)
+from .run import build  # noqa: F401 (other stages import it from here)
 from .train_settings import TrainSettings, method_of
 
 # %% ../../nbs/70_train/40_step.ipynb #a63473eb
