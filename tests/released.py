@@ -1,4 +1,4 @@
-"""What the tests of parity share: a fixture's description and tensors, the weights of the full-size ones, and how a render of ours is held against the release's."""
+"""Shared by the parity tests: fixtures, full-size weights, and comparison with released renders."""
 
 import json
 import zlib

@@ -1,4 +1,4 @@
-"""Scenes, the compiled hash grid against its oracle in every shape and corner, density and backgrounds."""
+"""Scenes, the compiled hash grid against its definition, density and backgrounds."""
 
 import copy
 import pickle
@@ -39,7 +39,7 @@ def table_of(shape: HashGridSettings, seed: int = 0) -> torch.Tensor:
 def both(
     x: torch.Tensor, shape: HashGridSettings, seed: int = 0
 ) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-    "Features, gradient by the points, gradient by the table; of the oracle and of the walk."
+    "Features and gradients by points and table, of the definition and of the compiled loops."
     upstream = torch.randn(len(x), shape.levels * shape.features, generator=make_rng(seed + 1))
     results = []
     for encode in (encode_torch, encode_numba):
@@ -49,7 +49,7 @@ def both(
     return results
 
 
-# scenes ----------------------------------------------------------------------------------------------------------------------
+# scenes -------------------------------------------------------------------------------------------
 
 
 def test_scenes_keep_the_contract():
@@ -69,7 +69,7 @@ def test_spheres_from_inside_and_behind():
     assert met.tolist() == [[False, False, True]] and depth.tolist() == [[0.0, 0.0, 1.5]]
 
 
-# the hash grid ---------------------------------------------------------------------------------------------------------------
+# the hash grid ------------------------------------------------------------------------------------
 
 
 @settings(deadline=None, max_examples=12)
@@ -147,8 +147,8 @@ def test_only_what_is_asked_for():
     y = encode_numba(x, table.clone().requires_grad_(), SMALL)
     assert y.requires_grad
     points = x.clone().requires_grad_()
-    (slope,) = torch.autograd.grad(encode_numba(points, table, SMALL).sum(), points)
-    assert slope.shape == x.shape and slope.abs().sum() > 0
+    (gradient,) = torch.autograd.grad(encode_numba(points, table, SMALL).sum(), points)
+    assert gradient.shape == x.shape and gradient.abs().sum() > 0
     with torch.no_grad():
         assert torch.equal(encode_numba(x, table, SMALL), y)
     with torch.inference_mode():
@@ -173,7 +173,7 @@ def test_an_expanded_gradient():
 
 
 def gradients(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    "Of the walk, by points and table; enough points for several threads."
+    "Of the compiled loops, by points and table; enough points for several threads."
     points, table = x.clone().requires_grad_(), table_of(SMALL).requires_grad_()
     return torch.autograd.grad(encode_numba(points, table, SMALL).square().sum(), (points, table))
 
@@ -284,12 +284,12 @@ def test_the_oracle_on_cuda():
     torch.testing.assert_close(grid.cuda()(x.cuda()).cpu(), want, atol=1e-8, rtol=1e-4)
 
 
-# spherical harmonics ---------------------------------------------------------------------------------------------------------
+# spherical harmonics ------------------------------------------------------------------------------
 
 
 @given(st.integers(0, 10_000))
 def test_degrees_do_not_mix_under_rotation(seed):
-    "Each degree spans a space that rotations map onto itself: the sum of its squares does not change."
+    "Rotations map the space of each degree onto itself: the sum of its squares is constant."
     rng = make_rng(seed)
     turn = torch.linalg.qr(torch.randn(3, 3, generator=rng, dtype=torch.float64))[0]
     d = torch.nn.functional.normalize(
@@ -300,7 +300,7 @@ def test_degrees_do_not_mix_under_rotation(seed):
         torch.testing.assert_close(before, after)
 
 
-# density ---------------------------------------------------------------------------------------------------------------------
+# density ------------------------------------------------------------------------------------------
 
 
 @settings(deadline=None)
@@ -325,7 +325,7 @@ def test_density_of_nothing_and_of_extremes():
     assert released_beta().item() == pytest.approx(1 / 29.9998, rel=1e-5)
 
 
-# backgrounds -----------------------------------------------------------------------------------------------------------------
+# backgrounds --------------------------------------------------------------------------------------
 
 
 def test_random_backgrounds_come_again():

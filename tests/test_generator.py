@@ -1,4 +1,4 @@
-"""Generators: prompts do not mix, texts decide, states survive, and what is asked wrongly is refused."""
+"""Generators: prompts do not mix, scenes depend on texts, states are complete, errors are clear."""
 
 import copy
 from dataclasses import FrozenInstanceError, replace
@@ -122,15 +122,15 @@ def test_density_is_softplus_of_net_plus_blob():
 
 
 def test_shared_points_are_encoded_once():
-    model, asked = grown("residual"), []
+    model, queried = grown("residual"), []
     model.encoder.register_forward_hook(
-        lambda module, inputs, output: asked.append(inputs[0].shape[:-1].numel())
+        lambda module, inputs, output: queried.append(inputs[0].shape[:-1].numel())
     )
     scene = model(texts(4))
-    assert asked == []  # making a scene asks no point
+    assert queried == []  # making a scene queries no point
     scene.sdf_at_shared(torch.rand(50, 3))
     scene.sdf_and_color(torch.rand(4, 10, 3))
-    assert asked == [50, 40]
+    assert queried == [50, 40]
 
 
 @pytest.mark.parametrize("name", ["sdf", "residual"])

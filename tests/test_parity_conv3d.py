@@ -1,4 +1,4 @@
-"""3DConv-net against the tensors of the release's own modules (tests/parity), and parameter counts to the unit."""
+"""3DConv-net against tensors of the released modules (tests/parity), and exact parameter counts."""
 
 import json
 
@@ -19,17 +19,27 @@ NAMES = ("03_conv3d_a_res16", "03_conv3d_b_res32_nobias32")
 
 
 def our_key(key):
-    "The release's name of a parameter, less `geometry.`, to ours; None for its buffers, which we have no use for."
+    "Our name for a released parameter without `geometry.`; None for buffers that are not used."
     return None if key == "bbox" or key.endswith(("noise_const", "w_avg")) else conv3d_key(key)
 
 
 def settings_of(meta):
     s = meta["settings"].get("geometry", meta["settings"])
     net = s["space_generator_config"]
+    channels = meta["patch"]["channels_dict"].items()
     return Conv3DSettings(
-        tuple(c for side, c in meta["patch"]["channels_dict"].items() if int(side) <= net["img_resolution"]), net["img_channels"], net.get("bias_resolution", 64), net["z_dim"], net["w_dim"], net["num_layers"],
-        s["mlp_network_config"]["n_neurons"], s["radius"], s["sdf_bias_params"], net["c_dim"], gain=1.0,
-    )  # fmt: skip
+        channels=tuple(c for side, c in channels if int(side) <= net["img_resolution"]),
+        features=net["img_channels"],
+        bias_side=net.get("bias_resolution", 64),
+        noise=net["z_dim"],
+        mapped=net["w_dim"],
+        mapping_layers=net["num_layers"],
+        decoder_width=s["mlp_network_config"]["n_neurons"],
+        radius=s["radius"],
+        init_sphere_radius=s["sdf_bias_params"],
+        text_width=net["c_dim"],
+        gain=1.0,
+    )
 
 
 def released(name):

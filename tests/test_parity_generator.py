@@ -1,4 +1,4 @@
-"""Hyper-iNGP against the tensors of the release's own modules (tests/parity), and parameter counts to the unit."""
+"""Hyper-iNGP against tensors of the released modules (tests/parity), and exact parameter counts."""
 
 import json
 
@@ -38,7 +38,7 @@ def grid_of(settings):
 
 
 class Release:
-    "The fixture's generator built from our parts; the two decoders may have hidden layers of different width."
+    "The fixture's generator built from our parts; its decoders may have different hidden widths."
 
     def __init__(self, settings, tensors, backend):
         hyper = settings["hypernet_config"]
@@ -78,7 +78,9 @@ class Release:
     def scene(self, text):
         weights, radius = self.weights(text), self.settings["radius"]
         return FieldScene(
-            lambda p: self.encoder(to_unit(p, radius, clamp=False)), lambda x: mlp(x, weights[:2]), lambda x: mlp(x, weights[2:]),
+            lambda p: self.encoder(to_unit(p, radius, clamp=False)),
+            lambda x: mlp(x, weights[:2]),
+            lambda x: mlp(x, weights[2:]),
             SolidBackground(), len(text), radius, self.settings["sdf_bias_params"], shared=True,
         )  # fmt: skip
 
@@ -158,8 +160,16 @@ def test_generator_is_these_parts(name):
     hyper = settings["hypernet_config"]
     model = HyperINGP(
         HyperINGPSettings(
-            grid_of(settings), decoder_width=hyper["out_dims"]["sdf_weights"][0], radius=settings["radius"], init_sphere_radius=settings["sdf_bias_params"], clamp_to_cube=False,
-            text_width=hyper["c_dim"], pooling="pooled", residual=False, hidden=hyper["n_neurons"], hidden_layers=hyper["n_hidden_layers"],
+            grid_of(settings),
+            decoder_width=hyper["out_dims"]["sdf_weights"][0],
+            radius=settings["radius"],
+            init_sphere_radius=settings["sdf_bias_params"],
+            clamp_to_cube=False,
+            text_width=hyper["c_dim"],
+            pooling="pooled",
+            residual=False,
+            hidden=hyper["n_neurons"],
+            hidden_layers=hyper["n_hidden_layers"],
             spectral_norm=hyper["spectral_norm"],
         )
     ).eval()  # fmt: skip

@@ -1,4 +1,4 @@
-"""The Triplane-Transformer against the tensors of the release's own modules (tests/parity), and parameter counts to the unit."""
+"""Triplane-Transformer against tensors of the released modules (tests/parity); parameter counts."""
 
 import json
 from dataclasses import replace
@@ -27,10 +27,19 @@ def settings_of(geometry):
     g = geometry["space_generator_config"]
     assert g["triplane_high_res"] == 2 * g["triplane_low_res"]
     return TriplaneSettings(
-        g["triplane_low_res"], g["triplane_dim"], g["inner_dim"], g["num_layers"], g["num_heads"], g["mlp_ratio"],
-        "tokens" if g["local_text"] else "pooled", g["condition_dim"], masked=False,
-        radius=geometry["radius"], init_sphere_radius=geometry["sdf_bias_params"], wide_colors=True,
-    )  # fmt: skip
+        side=g["triplane_low_res"],
+        channels=g["triplane_dim"],
+        width=g["inner_dim"],
+        layers=g["num_layers"],
+        heads=g["num_heads"],
+        mlp_ratio=g["mlp_ratio"],
+        text="tokens" if g["local_text"] else "pooled",
+        text_width=g["condition_dim"],
+        masked=False,
+        radius=geometry["radius"],
+        init_sphere_radius=geometry["sdf_bias_params"],
+        wide_colors=True,
+    )
 
 
 def released(name, **changes):
@@ -237,7 +246,7 @@ def texts(b, width=6):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_contract(kind, traceable):
-    "Prompts do not mix: a batch is as many runs of one, in any order; every parameter gets a gradient."
+    "Prompts do not mix: a batch of b equals b runs of one; every parameter gets a gradient."
     model = Triplane(KINDS[kind], background=EnvironmentMap())
     assert isinstance(model, Generator)
     check_generator(model, texts(3))

@@ -1,4 +1,4 @@
-"""Import of the release's checkpoints: their key listings (tests/parity), their own modules' tensors, and files that are something else."""
+"""Import of released checkpoints: key listings, tensors of released modules, refusals."""
 
 import json
 import os
@@ -48,7 +48,7 @@ CONV3D, WIDE_CONV3D, TRIPLANE = (
 
 
 def listed(name):
-    "A state_dict of the shapes in a listing, each tensor another; buffers as the listing gives them."
+    "A state_dict with the shapes of a listing, random weights, and buffers as listed."
     meta, rng = json.loads((PARITY / f"{name}.json").read_text()), torch.Generator().manual_seed(0)
     state = {}
     for key, entry in meta["state_dict"].items():
@@ -62,12 +62,20 @@ def listed(name):
 
 def saved(path, state, **rest):
     "As Lightning writes it."
-    torch.save({"epoch": 0, "global_step": 50_000, "pytorch-lightning_version": "2.0.0", "state_dict": state, "loops": {"fit": {"done": 1}},
-                "callbacks": {"ModelCheckpoint": {"best_model_path": ""}}, "optimizer_states": [{"state": {0: {"step": torch.tensor(1.0)}}}], **rest}, path)  # fmt: skip
+    content = {
+        "epoch": 0,
+        "global_step": 50_000,
+        "pytorch-lightning_version": "2.0.0",
+        "state_dict": state,
+        "loops": {"fit": {"done": 1}},
+        "callbacks": {"ModelCheckpoint": {"best_model_path": ""}},
+        "optimizer_states": [{"state": {0: {"step": torch.tensor(1.0)}}}],
+    }
+    torch.save(content | rest, path)
     return path
 
 
-# the listings ----------------------------------------------------------------------------------------------------------------
+# the listings -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", [HYPER, NERF, MV_NERF, CONV3D, WIDE_CONV3D, TRIPLANE])
@@ -146,7 +154,7 @@ def test_no_two_releases_share_a_mark():
         assert sum(any(key.startswith(release.mark) for key in keys) for release in RELEASES) == 1
 
 
-# the release's own tensors ---------------------------------------------------------------------------------------------------
+# the release's own tensors ------------------------------------------------------------------------
 
 
 def grid_of(settings):
@@ -180,7 +188,8 @@ def test_values_of_the_releases_modules(name, tmp_path):
     model, text = found.generator, t["text"]
     assert found.settings.generator.spectral_norm == settings["hypernet_config"]["spectral_norm"]
     assert (
-        found.settings.generator.decoder_width == settings["hypernet_config"]["out_dims"]["sdf_weights"][0]
+        found.settings.generator.decoder_width
+        == settings["hypernet_config"]["out_dims"]["sdf_weights"][0]
     )
     model.settings = replace(
         model.settings, init_sphere_radius=settings["sdf_bias_params"]
@@ -244,7 +253,7 @@ def test_decoders_of_two_widths_are_refused(tmp_path):
         )
 
 
-# files that are something else -----------------------------------------------------------------------------------------------
+# files that are something else --------------------------------------------------------------------
 
 
 class Code:
@@ -333,7 +342,7 @@ def test_other_generators(tmp_path):
         import_weights(tmp_path / "none.ckpt")
 
 
-# the command -----------------------------------------------------------------------------------------------------------------
+# the command --------------------------------------------------------------------------------------
 
 
 def small(tmp_path, width=96):
@@ -433,8 +442,13 @@ def test_from_a_file_to_an_evaluation_and_a_mesh(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("what, code, words", [
-    ("another width", 2, "reads text of width 64, prior tiny-sd gives 96"), ("half", 1, "is no whole checkpoint"), ("code", 1, "carries code"),
-    ("missing file", 2, "is no file"), ("no corpus", 2, "no corpus 'nothing'"), ("no prior", 2, "no prior 'nerf'")])  # fmt: skip
+    ("another width", 2, "reads text of width 64, prior tiny-sd gives 96"),
+    ("half", 1, "is no whole checkpoint"),
+    ("code", 1, "carries code"),
+    ("missing file", 2, "is no file"),
+    ("no corpus", 2, "no corpus 'nothing'"),
+    ("no prior", 2, "no prior 'nerf'"),
+])  # fmt: skip
 def test_refusals_are_one_sentence_and_make_no_folder(what, code, words, tmp_path, capsys):
     _, path = small(tmp_path, width=64 if what == "another width" else 96)
     options = {"--prior": "tiny-sd", "--corpus": "toybox-15"}
