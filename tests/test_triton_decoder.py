@@ -95,7 +95,7 @@ def test_what_fits():
 @pytest.mark.parametrize(("device", "there", "taken", "why"), [
     ("cuda", ["triton", "gcc"], "triton", "where it has one hidden layer"), ("cuda", ["triton"], "torch", "slower: triton finds no C compiler"),
     ("cuda", ["tinycudann"], "torch", "slower: triton is not installed: pip install triton"), ("mps", ["triton", "gcc"], "torch", "no compiled decoder"),
-    ("cpu", ["numba", "triton"], "numba", "walked by machine code"),
+    ("cpu", ["numba", "triton"], "numba", "compiled for all cores"),
 ])  # fmt: skip
 def test_what_computes_a_decoder(device, there, taken, why, machine):
     machine(*there)
