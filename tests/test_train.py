@@ -227,11 +227,7 @@ def test_an_estimator_is_trained_saved_and_resumed_exactly(settings, tmp_path, m
 @pytest.mark.parametrize("method", ["sds", "csd", "nfsd", "bridge", "sdi", "ism"])
 def test_every_method_trains(settings, tmp_path, method):
     texts = (
-        {
-            "view_prompting": "plain",
-            "bridge_source_prompt": "<az+0> <el+15>",
-            "bridge_start": 0.5,
-        }
+        {"view_prompting": "plain", "bridge_source_prompt": "<az+0> <el+15>", "bridge_start": 0.5}
         if method == "bridge"
         else {"view_prompting": "words", "nfsd_negative_prompt": "a blue cube, side view"}
     )
@@ -275,6 +271,14 @@ class Ball(TextTo3D):
             self.noises.append(z)
         size, color = self.read(text_vector(text, "mean")).sigmoid().split((1, 3), -1)
         return SphereScene(0.3 + 0.2 * size[:, 0], colors=color)
+
+
+class Reader(TextTo3D):
+    "Another generator, with a weight of another shape under the same name, and no buffer."
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.read = nn.Linear(width, 3)
 
 
 @pytest.fixture(scope="module")
@@ -336,10 +340,7 @@ def test_only_who_made_it_opens_a_generator_of_ones_own(own, settings, tmp_path,
         assert run_command(argv) == 2
         assert re.fullmatch(rf"scaledreamer: \S+{sentence}\n", capsys.readouterr().err)
     with pytest.raises(RunError, match="is of another generator: corpus is"):
-        open_run(
-            tmp_path / "run",
-            make_generator=lambda width: nn.ModuleDict({"read": nn.Linear(width, 3)}),
-        )
+        open_run(tmp_path / "run", make_generator=Reader)
     with pytest.raises(
         UsageError,
         match="no generator 'my balls': give one of hyper-ingp, .+, or, for one of your own, make_generator= in Python",
@@ -364,12 +365,12 @@ def test_a_damaged_checkpoint_is_said_and_the_one_before_is_there(settings, tmp_
 
 FULL = """
 import resource, sys
-from scaledreamer.commands.cli import main, parse
+from scaledreamer.commands.cli import parse, run_command
 from scaledreamer.train.trainer import train
 command, done = parse(sys.argv[1:]), []
 train(command.out, command.settings, stop=lambda: len(done) == 2, on_step=lambda step, metrics: done.append(step), show=False)
 resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, resource.RLIM_INFINITY))
-sys.exit(main([*sys.argv[1:], "--resume"]))
+sys.exit(run_command([*sys.argv[1:], "--resume"]))
 """
 
 
@@ -462,7 +463,7 @@ def test_a_prompt_that_clip_cannot_read_is_refused_before_training(tmp_path, cap
     corpus = tmp_path / "long.txt"
     corpus.write_text("a red ball\na red ball" + " on a blue cube" * 7 + "\n", encoding="utf-8")
     monkeypatch.setattr(ClipScorer, "text_features", lambda *args: pytest.fail("encoded"))
-    monkeypatch.setattr("scaledreamer.commands.cli.train", lambda *args: pytest.fail("trained"))
+    monkeypatch.setattr("scaledreamer.train.trainer.train", lambda *args: pytest.fail("trained"))
     assert (
         run_command(
             ["train", "--prior", "mixture", "--corpus", str(corpus), "--out", str(tmp_path / "run")]
@@ -575,23 +576,28 @@ def test_a_log_that_cannot_be_written_is_a_sentence(settings, tmp_path, capsys):
 STOPPED = """
 import signal, sys
 from importlib.abc import MetaPathFinder
+library = sys.argv.pop(1)
 class Press(MetaPathFinder):
     def find_spec(self, name, path, target=None):
-        if name == sys.argv[1]: signal.raise_signal(signal.SIGINT)
+        if name == library:
+            signal.raise_signal(signal.SIGINT)
 sys.meta_path.insert(0, Press())
 from scaledreamer.commands.main import main
-sys.argv[1:] = ["doctor"]
 sys.exit(main())
 """
 
 
-@pytest.mark.parametrize("library", ["torch", "scaledreamer.commands.curve_and_toy", "open_clip"])
-def test_an_interrupt_while_libraries_load_is_one_line(library):
-    done = subprocess.run(
-        [sys.executable, "-c", STOPPED.replace("sys.argv[1]:", f"{library!r}:"), "doctor"],
-        capture_output=True,
-        text=True,
-    )
+@pytest.mark.parametrize(
+    "library, argv",
+    [
+        ("torch", ["doctor"]),
+        ("scaledreamer.commands.curve_and_toy", ["curve", "--help"]),
+        ("open_clip", ["evaluate", "nowhere"]),
+    ],
+)
+def test_an_interrupt_while_libraries_load_is_one_line(library, argv):
+    command = [sys.executable, "-c", STOPPED, library, *argv]
+    done = subprocess.run(command, capture_output=True, text=True)
     assert (done.returncode, done.stderr.strip(), done.stdout) == (130, "scaledreamer: stopped", "")
 
 
