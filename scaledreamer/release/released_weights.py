@@ -49,22 +49,14 @@ class Release:
 
 _SYNTHESIS, _QUERIES = (f"geometry.space_generator.{name}" for name in ("synthesis.", "pos_embed"))
 RELEASES = (
-    Release(
-        "Hyper-iNGP", "hyper-ingp", "geometry.hypernet.",
-        HyperINGP, HyperINGPSettings, hyper_ingp_settings, prompted_key,
-    ),
-    Release(
-        "iNGP", "ingp", "geometry.density_network.",
-        INGP, INGPSettings, ingp_settings, ingp_key,
-    ),
-    Release(
-        "3DConv-net", "conv3d", _SYNTHESIS,
-        Conv3D, Conv3DSettings, conv3d_settings, conv3d_key,
-    ),
-    Release(
-        "Triplane-Transformer", "triplane", _QUERIES,
-        Triplane, TriplaneSettings, triplane_settings, triplane_key, wide=True,
-    ),
+    Release("Hyper-iNGP", "hyper-ingp", "geometry.hypernet.",
+            HyperINGP, HyperINGPSettings, hyper_ingp_settings, prompted_key),
+    Release("iNGP", "ingp", "geometry.density_network.",
+            INGP, INGPSettings, ingp_settings, ingp_key),
+    Release("3DConv-net", "conv3d", _SYNTHESIS,
+            Conv3D, Conv3DSettings, conv3d_settings, conv3d_key),
+    Release("Triplane-Transformer", "triplane", _QUERIES,
+            Triplane, TriplaneSettings, triplane_settings, triplane_key, wide=True),
 )  # fmt: skip
 
 
