@@ -1,4 +1,4 @@
-"""The training loop, its run folder and the command line, on the exact mixture prior of two captions."""
+"""The training loop, its run folder and the command line, on an exact mixture prior."""
 
 import json
 import re
@@ -86,8 +86,7 @@ def test_an_interrupt_saves_and_resumes_exactly(run, settings, tmp_path):
 
 
 def test_a_gradient_that_is_not_finite_costs_no_checkpoint(settings, tmp_path, monkeypatch):
-    "The loss may be fine where the gradient of a weight is not: neither the weights nor a checkpoint may take it."
-    from scaledreamer.train import step as module
+    "A finite loss can have a gradient that is not finite: it changes no weight and no checkpoint."
 
     def poisoned(*args):
         run = build(*args)
@@ -96,7 +95,6 @@ def test_a_gradient_that_is_not_finite_costs_no_checkpoint(settings, tmp_path, m
         )
         return run
 
-    build = module.build
     monkeypatch.setattr("scaledreamer.train.trainer.build", poisoned)
     with pytest.raises(
         RunError, match="step 3: the gradient is not finite; the checkpoints are intact"
@@ -107,12 +105,13 @@ def test_a_gradient_that_is_not_finite_costs_no_checkpoint(settings, tmp_path, m
     assert train(tmp_path / "run", settings, resume=True, show=False).step == 4
 
 
-def test_a_device_learns_late_of_a_step_that_went_wrong(settings, tmp_path, monkeypatch):
-    "Where nobody looks at once, the first bad step is named at the next number read or checkpoint, no weight has moved since, and nothing bad was saved."
-    from scaledreamer.core.async_metrics import FiniteMonitor
-    from scaledreamer.train import step as module
+def test_a_step_that_is_not_finite_is_reported_late_on_a_device(settings, tmp_path, monkeypatch):
+    """Without a check after each step, the next number read or checkpoint names the first bad step.
 
-    runs, build = [], module.build
+    No weight has changed since then, and nothing bad was saved."""
+    from scaledreamer.core.async_metrics import FiniteMonitor
+
+    runs = []
 
     def poisoned(*args):
         runs.append(build(*args))
@@ -124,17 +123,15 @@ def test_a_device_learns_late_of_a_step_that_went_wrong(settings, tmp_path, monk
     monkeypatch.setattr("scaledreamer.train.trainer.build", poisoned)
     monkeypatch.setattr(FiniteMonitor, "check_if_cheap", lambda self: None)
     weights = []
-    for every, last in (
-        (100, 3),
-        (3, 2),
-    ):  # the checkpoint after the fourth step looks, or the log at the fourth
+    # the checkpoint after the fourth step reads the outcome, or the log of the fourth step
+    for every, last in ((100, 3), (3, 2)):
         with pytest.raises(
             RunError, match="step 1: the gradient is not finite; the checkpoints are intact"
         ):
             train(
                 tmp_path / str(every),
                 replace(settings, log_every=every, checkpoint_every=4),
-                on_step=lambda step, told: weights.append(
+                on_step=lambda step, metrics: weights.append(
                     runs[-1].generator.encoder.table.detach().clone()
                 ),
                 show=False,
@@ -146,7 +143,7 @@ def test_a_device_learns_late_of_a_step_that_went_wrong(settings, tmp_path, monk
         assert all(torch.equal(run[0], later) for later in run[1:]) and run[0].isfinite().all()
 
 
-def test_the_memory_told_is_what_is_held(settings):
+def test_the_estimated_memory_is_what_is_allocated(settings):
     from scaledreamer.camera.poses import sample_cameras
     from scaledreamer.core.tensors import step_rng
     from scaledreamer.render.render_memory import measure_render_bytes, render_bytes
@@ -167,27 +164,27 @@ def test_the_memory_told_is_what_is_held(settings):
             run.prior.encode_text([prompt.text for prompt in run.prompts]),
             list(run.generator.parameters()),
         )
-        asked = (
+        arguments = (
             lambda: run.generator(text),
             weights,
             sample_cameras(own.cameras, 2, 2, step_rng(0, 0)),
             64,
             own.render,
         )
-        assert 1 / 1.5 < render_bytes(*asked) / measure_render_bytes(*asked)[0] < 1.5
+        assert 1 / 1.5 < render_bytes(*arguments) / measure_render_bytes(*arguments)[0] < 1.5
 
 
-def test_a_budget_below_one_ray_a_prompt_is_refused(settings):
+def test_a_chunk_below_one_ray_per_prompt_is_refused(settings):
     with pytest.raises(
         UsageError,
-        match="render.train_rays_per_chunk is 3: expected at least one ray for each of the 4 prompts of a step",
+        match="train_rays_per_chunk is 3: expected at least one ray for each of the 4 prompts",
     ):
         replace(
             settings, prompts_per_step=4, render=replace(settings.render, train_rays_per_chunk=3)
         )
 
 
-def test_published_figures_are_those_of_the_defaults():
+def test_published_results_are_those_of_the_defaults():
     published = ROOT / "nbs/99_experiments/results/main_job/config.json"
     assert read_settings(published.read_text(encoding="utf-8")) == TrainSettings()
 
@@ -330,7 +327,10 @@ def test_a_generator_of_ones_own_trains_resumes_and_opens(own, tmp_path):
 
 def test_only_who_made_it_opens_a_generator_of_ones_own(own, settings, tmp_path, capsys):
     train(tmp_path / "run", own, show=False, make_generator=Ball)
-    sentence = r"run was trained with a generator of your own, 'my balls', which no command can make again: open it in Python, with open_run\(folder, make_generator=...\)"
+    sentence = (
+        r"run was trained with a generator of your own, 'my balls', which no command can make again"
+        r": open it in Python, with open_run\(folder, make_generator=...\)"
+    )
     with pytest.raises(UsageError, match=sentence):
         open_run(tmp_path / "run")
     for argv in (
@@ -343,18 +343,20 @@ def test_only_who_made_it_opens_a_generator_of_ones_own(own, settings, tmp_path,
         open_run(tmp_path / "run", make_generator=Reader)
     with pytest.raises(
         UsageError,
-        match="no generator 'my balls': give one of hyper-ingp, .+, or, for one of your own, make_generator= in Python",
+        match="no generator 'my balls': give one of hyper-ingp, .+, or, for one of your own, "
+        "make_generator= in Python",
     ):
         train(tmp_path / "run", own, resume=True, show=False)
     with pytest.raises(
         UsageError,
-        match="generator is 'hyper-ingp', which make_generator= would replace: give yours a name that is none of hyper-ingp, ",
+        match="generator is 'hyper-ingp', which make_generator= would replace: give yours a name "
+        "that is none of hyper-ingp, ",
     ):
         train(tmp_path / "new", settings, show=False, make_generator=Ball)
     assert not (tmp_path / "new").exists()
 
 
-def test_a_damaged_checkpoint_is_said_and_the_one_before_is_there(settings, tmp_path):
+def test_a_damaged_checkpoint_is_reported_and_the_one_before_opens(settings, tmp_path):
     train(tmp_path / "run", settings, show=False)
     weights = tmp_path / "run/checkpoints/000004/generator.safetensors"
     weights.write_bytes(weights.read_bytes()[:100])
@@ -368,7 +370,8 @@ import resource, sys
 from scaledreamer.commands.cli import parse, run_command
 from scaledreamer.train.trainer import train
 command, done = parse(sys.argv[1:]), []
-train(command.out, command.settings, stop=lambda: len(done) == 2, on_step=lambda step, metrics: done.append(step), show=False)
+count = lambda step, metrics: done.append(step)
+train(command.out, command.settings, stop=lambda: len(done) == 2, on_step=count, show=False)
 resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, resource.RLIM_INFINITY))
 sys.exit(run_command([*sys.argv[1:], "--resume"]))
 """
@@ -402,7 +405,8 @@ def test_a_disk_that_takes_no_more_costs_no_checkpoint(settings, tmp_path):
     done = subprocess.run([sys.executable, "-c", FULL, *argv], capture_output=True, text=True)
     assert done.returncode == 1
     assert re.search(
-        r"^scaledreamer: checkpoint \S+000004 could not be written \(.+\): free some space and go on with --resume",
+        r"^scaledreamer: checkpoint \S+000004 could not be written \(.+\): free some space "
+        r"and go on with --resume",
         done.stderr,
         re.M,
     ), done.stderr
@@ -413,7 +417,7 @@ def test_a_disk_that_takes_no_more_costs_no_checkpoint(settings, tmp_path):
     assert checkpoint_steps(tmp_path / "run/checkpoints") == [2, 4]
 
 
-def test_a_half_written_run_is_said_in_a_sentence(tmp_path, capsys):
+def test_a_half_written_run_is_reported_in_a_sentence(tmp_path, capsys):
     (tmp_path / "config.json").write_text('{"prior": "tin', encoding="utf-8")
     for argv in (["evaluate", str(tmp_path)], ["train", "--out", str(tmp_path), "--resume"]):
         assert run_command(argv) == 1
@@ -434,7 +438,7 @@ def test_evaluate_completes_the_run_folder(run):
         "eval.json",
         "report.html",
     }
-    figures = json.loads((run.folder / "eval.json").read_text())
+    metrics = json.loads((run.folder / "eval.json").read_text())
     assert {
         "r_at_1",
         "sim",
@@ -446,18 +450,18 @@ def test_evaluate_completes_the_run_folder(run):
         "n_views",
         "gallery_size",
         "per_prompt",
-    } <= figures.keys()
+    } <= metrics.keys()
     assert (
-        figures["train_seconds"] > 0
-        and 0.1 < figures["peak_memory_gb"] < 8
-        and figures["machine"]["cores"] >= 1
+        metrics["train_seconds"] > 0
+        and 0.1 < metrics["peak_memory_gb"] < 8
+        and metrics["machine"]["cores"] >= 1
     )
     assert len(list((run.folder / "views").glob("*/*.png"))) == 2 * 8
     assert "a blue cube" in (run.folder / "report.html").read_text(encoding="utf-8")
 
 
 def test_a_prompt_that_clip_cannot_read_is_refused_before_training(tmp_path, capsys, monkeypatch):
-    "By the words alone: no network reads them, neither then nor for the training."
+    "By its number of tokens alone: no network encodes it, and nothing is trained."
     from scaledreamer.eval.clip import ClipScorer
 
     corpus = tmp_path / "long.txt"
@@ -471,7 +475,8 @@ def test_a_prompt_that_clip_cannot_read_is_refused_before_training(tmp_path, cap
         == 2
     )
     assert re.fullmatch(
-        r"scaledreamer: tiny-clip reads at most 24 tokens, the text 'a red ball on .+' has more: shorten it or choose another CLIP model\n",
+        r"scaledreamer: tiny-clip reads at most 24 tokens, the text 'a red ball on .+' has more: "
+        r"shorten it or choose another CLIP model\n",
         capsys.readouterr().err,
     )
     assert not (tmp_path / "run").exists()
@@ -508,7 +513,9 @@ def test_one_clip_serves_the_check_and_the_evaluation(settings, tmp_path, monkey
 
 
 def test_a_prompt_that_is_too_long_with_its_view_is_found_among_many(monkeypatch):
-    "It has few letters and many tokens, and fits without its view; of 200 prompts no more than 64 are encoded with one."
+    """It has few letters and many tokens, and fits without its view.
+
+    Of 200 prompts at most 64 are encoded with a view."""
     prior = build_prior(TrainSettings(), ())
     texts = [f"a red rectangle number {i}" for i in range(200)]
     long = "z" * 8  # a word that the tokenizer does not know whole
@@ -519,22 +526,22 @@ def test_a_prompt_that_is_too_long_with_its_view_is_found_among_many(monkeypatch
             break
     long = long.removesuffix(" z")
     assert len(prior.encode_text([long])) == 1 and len(long) < 2 * len(texts[0])
-    asked, encode = [], type(prior).encode_text
+    encoded, encode = [], type(prior).encode_text
     monkeypatch.setattr(
-        type(prior), "encode_text", lambda self, texts: asked.extend(texts) or encode(self, texts)
+        type(prior), "encode_text", lambda self, texts: encoded.extend(texts) or encode(self, texts)
     )
     with pytest.raises(UsageError, match=rf"'{long[:20]}.+ tokens: shorten it"):
         build(
             Path("nowhere"), TrainSettings(), number([(text, "train") for text in [*texts, long]])
         )
-    assert sum("<az" in text for text in asked) <= 64
+    assert sum("<az" in text for text in encoded) <= 64
     run = build(Path("nowhere"), TrainSettings(), number([(text, "train") for text in texts]))
     assert len(run.train_prompts) == 200
 
 
 def test_the_norm_of_all_gradients_is_that_of_their_norms(settings):
-    generator = torch.Generator().manual_seed(0)
-    gradients = [torch.randn(shape, generator=generator) for shape in ((3, 4), (7,), (2, 2, 2))]
+    rng = torch.Generator().manual_seed(0)
+    gradients = [torch.randn(shape, generator=rng) for shape in ((3, 4), (7,), (2, 2, 2))]
     one_by_one = torch.stack([gradient.norm() for gradient in gradients]).norm()
     torch.testing.assert_close(torch.nn.utils.get_total_norm(gradients), one_by_one)
     for bad in (float("nan"), float("inf")):
@@ -567,7 +574,8 @@ def test_a_log_that_cannot_be_written_is_a_sentence(settings, tmp_path, capsys):
     capsys.readouterr()
     assert run_command([*argv, "--steps", "1", "--resume", "--out", str(tmp_path / "run")]) == 1
     assert re.search(
-        r"^scaledreamer: \S+sessions.jsonl cannot be written \(it is a folder\): give the name of a file$",
+        r"^scaledreamer: \S+sessions.jsonl cannot be written \(it is a folder\): "
+        r"give the name of a file$",
         capsys.readouterr().err,
         re.MULTILINE,
     )
@@ -601,7 +609,7 @@ def test_an_interrupt_while_libraries_load_is_one_line(library, argv):
     assert (done.returncode, done.stderr.strip(), done.stdout) == (130, "scaledreamer: stopped", "")
 
 
-def test_the_shell_calls_the_quiet_entry():
+def test_the_shell_calls_main():
     assert '"scaledreamer = scaledreamer.commands.main:main"' in (ROOT / "setup.py").read_text(
         encoding="utf-8"
     )
