@@ -1,4 +1,4 @@
-"""Distillation on priors whose noise is known: the identities between methods, items that never mix, laws of timesteps."""
+"""Distillation on priors with known noise: identities of methods, independent items, timesteps."""
 
 import pytest
 import torch
@@ -29,7 +29,7 @@ PRIOR = make()
 PLAIN, PUSHED = texts_of(PRIOR), texts_with_negatives(PRIOR)
 
 
-# the surrogate ----------------------------------------------------------------------------------------------------------------
+# the surrogate ------------------------------------------------------------------------------------
 
 
 def test_surrogate_by_finite_differences():
@@ -54,7 +54,7 @@ def test_surrogate_gives_each_item_its_own_gradient():
         torch.testing.assert_close(whole[i], alone[i] / 3)
 
 
-# identities of methods --------------------------------------------------------------------------------------------------------
+# identities of methods ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("guidance", [0.0, 1.0, 2.5, 7.5, 100.0])
@@ -97,7 +97,10 @@ def test_asd_shifted_to_pure_noise_is_sds(text, guidance):
 
 @pytest.mark.parametrize("last", [800, 950, 999])
 def test_what_is_left_of_the_noise(last):
-    "At alpha > 0 ASD differs from SDS by w (eps_phi - eps) = w [sigma alpha (x - E[m | x_t]) - alpha^2 s^2 eps] / v, E by brute force."
+    """At alpha > 0 ASD differs from SDS by w (eps_phi - eps).
+
+    That is w [sigma alpha (x - E[m | x_t]) - alpha^2 s^2 eps] / v, with E by brute force.
+    """
     later = torch.full_like(T, last)
     abar = PRIOR.schedule.abar(later[:1])
     alpha, sigma, v = abar.sqrt(), (1 - abar).sqrt(), abar * 0.16 + 1 - abar
@@ -125,7 +128,7 @@ def test_csd_scales_with_guidance_and_sees_no_noise_source():
     )
 
 
-# items --------------------------------------------------------------------------------------------------------------------------
+# items --------------------------------------------------------------------------------------------
 
 
 @given(
@@ -136,7 +139,10 @@ def test_csd_scales_with_guidance_and_sees_no_noise_source():
 )
 @settings(max_examples=25, deadline=None)
 def test_items_never_mix(order, count, method, text):
-    "Any selection in any order gets what the whole batch got: upstream's perp-neg judges negatives on another item's image."
+    """Any selection in any order gets the numbers of the whole batch.
+
+    The release's perp-neg evaluates negatives on the image of another item.
+    """
     index = torch.tensor(order[:count])
     whole = method(PRIOR, X, text, T, NOISE, T + 40)
     some = method(PRIOR, X[index], rows(text, index), T[index], NOISE[index], T[index] + 40)
@@ -179,7 +185,7 @@ def test_what_is_not_finite_stays_so():
     assert gradient[1].isnan().any() and gradient[[0, 2]].isfinite().all()
 
 
-# timesteps ----------------------------------------------------------------------------------------------------------------------
+# timesteps ----------------------------------------------------------------------------------------
 
 
 @given(st.integers(0, 999), st.integers(0, 999), st.floats(0, 1), st.integers(0, 2**31))

@@ -1,4 +1,4 @@
-"""All methods of the table and the later ones: identities on exact priors, items that never mix, the estimator that VSD and ESD train."""
+"""All methods: identities on exact priors, independent items, the estimator of VSD and ESD."""
 
 from functools import partial
 
@@ -48,7 +48,7 @@ from fixtures import (
 
 
 class Renders:
-    "An exact estimator: a mixture that stands for the renders, moved by what it is told of the camera."
+    "An exact estimator: a mixture that stands for the renders, moved by the camera."
 
     prediction_type = "epsilon"
 
@@ -87,8 +87,16 @@ def blind(method):
 
 
 METHODS = {
-    "sds": blind(sds), "csd": blind(csd), "asd": with_shift, "vsd": partial(vsd, estimator=RENDERS), "esd": partial(esd, estimator=RENDERS),
-    "nfsd": blind(nfsd), "bridge": blind(sds_bridge), "sdi": blind(sdi), "ism": blind(ism)}  # fmt: skip
+    "sds": blind(sds),
+    "csd": blind(csd),
+    "asd": with_shift,
+    "vsd": partial(vsd, estimator=RENDERS),
+    "esd": partial(esd, estimator=RENDERS),
+    "nfsd": blind(nfsd),
+    "bridge": blind(sds_bridge),
+    "sdi": blind(sdi),
+    "ism": blind(ism),
+}
 every_method = pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
 
 
@@ -96,7 +104,7 @@ def eps(tokens, t=T, x=X):
     return PRIOR.predict_noise(PRIOR.schedule.add_noise(x, NOISE, t), t, tokens)
 
 
-# every method -----------------------------------------------------------------------------------------------------------------
+# every method -------------------------------------------------------------------------------------
 
 
 @every_method
@@ -181,7 +189,7 @@ def test_the_contract(name):
     check_method(METHODS[name], PRIOR, PUSHED)
 
 
-# one by one -------------------------------------------------------------------------------------------------------------------
+# one by one ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["sds", "asd", "vsd", "esd", "nfsd"])
@@ -274,7 +282,10 @@ def test_inversion_takes_the_steps_that_it_says(eta):
 
 @pytest.mark.parametrize("stride", [20, 2])
 def test_sources_of_sdi_and_ism_on_one_gaussian(stride):
-    "By the known path x_t = alpha_t m + sqrt(v_t / v_0) (x_0 - alpha_0 m) of one Gaussian; the inversion is of first order in its stride."
+    """The path of one Gaussian is x_t = alpha_t m + sqrt(v_t / v_0) (x_0 - alpha_0 m).
+
+    The inversion is of first order in its stride.
+    """
     bound = 0.02 * stride
     mean = draw(1, *SHAPE, seed=5)
     prior, schedule = MixturePrior({"a": mean}, 0.5), PRIOR.schedule
@@ -299,9 +310,17 @@ def test_sources_of_sdi_and_ism_on_one_gaussian(stride):
     )
 
 
-@pytest.mark.parametrize("method, message", [
-    (vsd, "vsd has no estimator: give one"), (partial(esd, camera=CAMERA), "esd has no estimator: give one"), (partial(esd, estimator=RENDERS), "esd has no camera"),
-    (nfsd, "nfsd has no text of bad images"), (sds_bridge, "sds_bridge has no text of the renders"), (asd, "asd has no t_shifted")])  # fmt: skip
+@pytest.mark.parametrize(
+    "method, message",
+    [
+        (vsd, "vsd has no estimator: give one"),
+        (partial(esd, camera=CAMERA), "esd has no estimator: give one"),
+        (partial(esd, estimator=RENDERS), "esd has no camera"),
+        (nfsd, "nfsd has no text of bad images"),
+        (sds_bridge, "sds_bridge has no text of the renders"),
+        (asd, "asd has no t_shifted"),
+    ],
+)
 def test_what_is_missing_is_said(method, message):
     with pytest.raises(UsageError, match=message):
         method(PRIOR, X, BARE, T, NOISE)
@@ -321,11 +340,11 @@ def test_cosines_and_shares():
     )
 
 
-# the estimator ----------------------------------------------------------------------------------------------------------------
+# the estimator ------------------------------------------------------------------------------------
 
 
 def test_vsd_with_the_true_model_of_the_renders():
-    "Where the renders are the prior's own data, guidance is all that is left; told a camera, the source moves."
+    "On the prior's own data only guidance remains; with a camera, the source moves."
     own = partial(vsd, estimator=Renders(PRIOR))
     text = Conditioning(BARE.positive, BARE.unconditional)
     torch.testing.assert_close(

@@ -1,4 +1,4 @@
-"""The rooms prior, distill and text.views against what the paper's released guidance computed (parity/06a, 06b, 06c)."""
+"""Prior, methods and conditioning against the released guidance (parity/06a, 06b, 06c)."""
 
 import pytest
 import torch
@@ -27,7 +27,7 @@ _, VIEWS = fixture("06b_perpneg_weights")
 SPECS, TIMES = fixture("06c_schedules")
 
 
-# 06c: integers are exact ------------------------------------------------------------------------------------------------------
+# 06c: integers are exact --------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("steps", [50_000, 100_000])
@@ -53,7 +53,10 @@ def test_shifted_timesteps(low, eta, u):
 
 
 def value(spec, step):
-    "A scheduled value of the release's configs: [start_step, start, end, end_step], start_step 0 left out, or further (value, step)."
+    """A scheduled value of the release's configs.
+
+    [start_step, start, end, end_step], without start_step 0, or with further (value, step).
+    """
     if not isinstance(spec, list):
         return float(spec)
     spec = [0, *spec] if len(spec) == 3 else spec
@@ -73,7 +76,7 @@ def test_scheduled_values(name):
         torch.testing.assert_close(torch.tensor(ours, dtype=torch.float64), row, rtol=1e-12, atol=0)
 
 
-# 06b: 1e-5 ------------------------------------------------------------------------------------------------------------------------
+# 06b: 1e-5 ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("elevation", ["0", "59.9", "60", "60.1"])
@@ -97,13 +100,16 @@ def test_view_index(elevation, threshold):
     assert torch.equal(ours, VIEWS[f"elev{elevation}/direction_idx_thr{threshold}"])
 
 
-# 06a: 1e-4, SDS at guidance 100 rtol 1e-3 ---------------------------------------------------------------------------------------
+# 06a: 1e-4, SDS at guidance 100 rtol 1e-3 ---------------------------------------------------------
 
 
 def paired_as_released(x_t, t, b):
-    """The release tiles the noisy latents (0, 1, 2, 0, 1, 2) but interleaves the negative texts (0a, 0b, 1a, 1b, 2a, 2b), so in a batch of several
-    items most negatives are judged on another item's image and timestep. Ours never mixes items (see test_distill.py); to compare with
-    the recorded numbers, the negatives' images and timesteps are exchanged here, and nothing else."""
+    """The release evaluates most negatives on the image and timestep of another item.
+
+    It tiles the noisy latents (0, 1, 2, 0, 1, 2) but interleaves the negative texts (0a, 0b, 1a,
+    1b, 2a, 2b). Ours never mixes items (see test_distill.py); to compare with the recorded
+    numbers, the negatives' images and timesteps are exchanged here, and nothing else.
+    """
     item, negative = torch.arange(b).repeat(2), torch.arange(2).repeat_interleave(b)
     other = (2 * item + negative) % b
     return torch.cat([x_t[: 2 * b], x_t[other], x_t[4 * b :]]), torch.cat(
@@ -227,7 +233,7 @@ def test_perp_neg_weights_of_the_release():
 @pytest.mark.parametrize("scale", [100.0, 7.5])
 @pytest.mark.parametrize("kind", ["plain", "perpneg"])
 def test_sds(kind, scale):
-    "Without perp-neg threestudio writes eps_txt + s (eps_txt - eps_unc), which is guidance s + 1 here."
+    "Without perp-neg threestudio has eps_txt + s (eps_txt - eps_unc), which is guidance s + 1."
     text = conditioning("cfg_vd") if kind == "plain" else conditioning("perpneg", strength=-1.0)
     step = sds(
         RecordedPrior(), LATENTS, text, T, NOISE, guidance=scale + 1 if kind == "plain" else scale

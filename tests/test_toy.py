@@ -1,4 +1,4 @@
-"""Toys under exact scores: the true source, the measures against brute force, lock-step against separate runs, and every refusal."""
+"""Toys with exact scores: the true source, measures by brute force, lock-step, every refusal."""
 
 import json
 from dataclasses import replace
@@ -71,7 +71,7 @@ def all_methods(count=12):
     }
 
 
-# the true source -----------------------------------------------------------------------------------------------------------------
+# the true source ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("shape", [(2,), (3, 4, 4), (1,)])
@@ -115,7 +115,7 @@ def test_the_true_source_knows_no_order_and_counts_copies():
 
 
 def test_exact_vsd_rests_on_the_targets_own_samples():
-    "Its two terms agree up to the finite number of particles; a method with another source does not rest."
+    "Its two terms agree up to the finite number of particles; another source moves the particles."
     target = modes_of(WORLD, "ring")
     n = 3000
     pair = Lockstep(
@@ -148,7 +148,7 @@ def test_shifted_particles_go_back():
         assert torch.nn.functional.cosine_similarity(mean, torch.tensor(shift), dim=0) > 0.98
 
 
-# worlds --------------------------------------------------------------------------------------------------------------------------
+# worlds -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -201,7 +201,7 @@ def test_a_ring_without_halves(modes):
         ring(modes)
 
 
-# measures ------------------------------------------------------------------------------------------------------------------------
+# measures -----------------------------------------------------------------------------------------
 
 
 @given(st.integers(2, 12), st.integers(2, 12), st.integers(1, 3), st.integers(0, 1000))
@@ -284,7 +284,7 @@ def test_misfit_of_a_point_is_its_distance():
     )
 
 
-# lock-step -----------------------------------------------------------------------------------------------------------------------
+# lock-step ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("optimizer", ["adam", "sgd"])
@@ -392,7 +392,8 @@ def test_nan_of_a_prior_stops_the_run_and_keeps_everything():
     run = Lockstep(Broken(2 * 11), {"csd": csd, "asd": asd}, "ring", draw(12, 2), FEW)
     with pytest.raises(
         RunError,
-        match=r"step 11: the gradient of csd is not finite at t = \d+ and 11 more; kept are 2 frames up to step 8",
+        match=r"step 11: the gradient of csd is not finite at t = \d+ and 11 more; "
+        "kept are 2 frames up to step 8",
     ):
         run.run(40)
     good = Lockstep(WORLD, {"csd": csd, "asd": asd}, "ring", draw(12, 2), FEW).run(11)
@@ -481,7 +482,7 @@ def test_strips():
         strip(Lockstep(images, {"csd": csd}, "a", draw(2, 3, 4, 4), ToySettings()).run(1), [0])
 
 
-# learning, making ----------------------------------------------------------------------------------------------------------------
+# learning, making ---------------------------------------------------------------------------------
 
 
 def test_the_estimator_starts_as_a_standard_normal_and_keeps_items_apart():
@@ -551,7 +552,7 @@ def test_makers():
         ImageMaker(torch.eye(2), (3, 6, 6))
 
 
-# images, studies -----------------------------------------------------------------------------------------------------------------
+# images, studies ----------------------------------------------------------------------------------
 
 IMAGES = MixturePrior(
     {"a": draw(5, 3, 8, 8).clamp(-1, 1), "b": draw(5, 3, 8, 8, seed=1).clamp(-1, 1)}, std=0.1
@@ -559,7 +560,10 @@ IMAGES = MixturePrior(
 
 
 def test_without_a_shift_the_background_stays():
-    "What the two texts agree on, CSD never touches; the shift does. Half of each image is the same in all components."
+    """CSD never changes what the two texts agree on; the shift does.
+
+    Half of each image is the same in all components.
+    """
     means = {
         c: torch.cat(
             [IMAGES.components.table[i : i + 5].view(5, 3, 8, 8)[..., :4], torch.zeros(5, 3, 8, 4)],
