@@ -30,8 +30,8 @@ def to_device(
 
 # %% ../../nbs/10_core/50_async_metrics.ipynb #2bf08f81
 class FiniteMonitor:
-    """Records which steps were finite. `flush`, and on the CPU `check_if_cheap`, raise `RunError` for
-    the first step that was not."""
+    """Records which steps were finite. `flush`, and on the CPU `check_if_cheap`, raise `RunError`
+    for the first step that was not."""
 
     def __init__(self, remedy: str):  # the end of the error message
         self.remedy = remedy
@@ -72,8 +72,8 @@ class FiniteMonitor:
 
 # %% ../../nbs/10_core/50_async_metrics.ipynb #17adaeae
 class LazyMetrics(Mapping):  # of str to float
-    """Numbers by name. Those that are tensors are read together when the first number is needed, which
-    raises what `FiniteMonitor.flush` raises."""
+    """Numbers by name. Those that are tensors are read together when the first number is needed,
+    which raises what `FiniteMonitor.flush` raises."""
 
     def __init__(self, monitor: FiniteMonitor, values: dict[str, Tensor | float]):
         self._monitor, self._values, self._read = monitor, values, False

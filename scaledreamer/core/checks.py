@@ -45,8 +45,8 @@ def check_finite(
 
 # %% ../../nbs/10_core/70_checks.ipynb #ec6e564f
 def check_equal(one: Tensor, other: Tensor, sentence: str, tolerance: float = 1e-4) -> None:
-    """`one` and `other` differ by no more than `tolerance`, relative to the largest value of `one` or
-    to 1, whichever is larger."""
+    """`one` and `other` differ by no more than `tolerance`, relative to the largest value of `one`
+    or to 1, whichever is larger."""
     one, other = one.detach(), other.detach()
     gap = float((one - other).abs().max())
     require(

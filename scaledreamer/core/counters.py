@@ -45,10 +45,10 @@ _INDEXED = {
     _ops._index_put_impl_.default,
 }
 
-
+# %% ../../nbs/10_core/60_counters.ipynb #227161be
 class SyncCounter(TorchDispatchMode):
-    """Counts by kind how often the host would wait if the tensors passed in, and all that is computed
-    from them, were on a device."""
+    """Counts by kind how often the host would wait if the tensors passed in, and all that is
+    computed from them, were on a device."""
 
     def __init__(self, *on_device: Tensor):
         super().__init__()
@@ -82,8 +82,8 @@ class SyncCounter(TorchDispatchMode):
 
 # %% ../../nbs/10_core/60_counters.ipynb #d234faa2
 class _Calls(TorchFunctionMode):
-    """What `SyncCounter` cannot see at the level of operations: `tolist`, and copies between devices,
-    which a machine with one device does not make."""
+    """What `SyncCounter` cannot see at the level of operations: `tolist`, and copies between
+    devices, which a machine with one device does not make."""
 
     def __init__(self, waits: SyncCounter):
         super().__init__()
