@@ -30,7 +30,7 @@ from .corpora import load_corpus, read_manifest
 from .run import Run, build
 from .run_folder import append_row, check_run_folder, log_session, start_folder
 from .run_folder import truncate_metrics
-from .run_folder import read_rows  # noqa: F401  (also found here)
+from .run_folder import read_rows  # noqa: F401 (imported from here elsewhere)
 from .step import make_scenes, step_prompts, training_step
 from .train_settings import GENERATORS, MakeGenerator, TrainSettings
 from .train_settings import read_settings
