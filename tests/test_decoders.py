@@ -1,4 +1,7 @@
-"""Decoders by numba equal plain products in 64 bits, in any shape and layout, on any number of threads."""
+"""Decoders by numba equal plain products in 64 bits.
+
+In any shape and layout, on any number of threads, again and again.
+"""
 
 import threading
 from types import SimpleNamespace
@@ -87,7 +90,7 @@ def test_pieces_equal_the_whole(chunk, monkeypatch):
 
 @pytest.mark.parametrize("busy", [0.0, 0.01, 0.6, 1.0])
 def test_points_without_a_gradient_are_left_out(busy, monkeypatch):
-    "They change nothing but the points computed: prompts of different numbers of points, one of none."
+    "Only the points computed change; the prompts have different numbers of points, one has none."
     x, weights, upstream = network(3, POINTS_PER_TASK + 300, (16, 64, 3))
     shares = torch.tensor([busy, busy / 2, 0.0])[:, None, None]
     upstream *= torch.rand(3, POINTS_PER_TASK + 300, 1, generator=make_rng(1)) < shares

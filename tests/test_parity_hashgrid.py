@@ -1,4 +1,5 @@
-"""The hash grid against tensors made with tiny-cuda-nn's semantics (fixtures 01_*), both backends, and spherical harmonics (10_*)."""
+"""The hash grid against tensors made with tiny-cuda-nn's semantics (fixtures 01_*), in torch and
+numba, and spherical harmonics (10_*)."""
 
 import json
 from pathlib import Path

@@ -1,5 +1,7 @@
-"""The decoder's Triton kernels compiled for GPUs that are not here, what is sent to them, and what they do where a GPU is; test_triton_grid.py runs
-their cases in Triton's interpreter."""
+"""The decoder's Triton kernels: compiled for GPUs that are not present, selected, run on a GPU.
+
+test_triton_grid.py runs their cases in Triton's interpreter.
+"""
 
 import os
 import re
@@ -15,7 +17,7 @@ from scaledreamer.field import decoders
 from scaledreamer.field.decoders import decoder_code, mlp, mlp_plain, suits_triton
 from scaledreamer.kernels.mlp_triton import assemble_decoder, decode_triton, fits, decoder_sizes
 
-# compiled for a GPU ----------------------------------------------------------------------------------------------------------
+# compiled for a GPU ------------------------------------------------------------------------------
 
 
 def stack(code: bytes, folder) -> list[int]:
@@ -37,10 +39,20 @@ def stack(code: bytes, folder) -> list[int]:
     os.environ.get("TRITON_INTERPRET") == "1", reason="TRITON_INTERPRET=1 compiles nothing"
 )
 @pytest.mark.parametrize("capability", [80, 90])
-@pytest.mark.parametrize(("shape", "weights", "options"), [
-    ((32, 64, 16), "fp16", {}), ((32, 64, 1), "bf16", {"x": "bf16"}), ((32, 64, 3), "fp16", {"grad_weights": None}), ((5, 128, 3), "fp16", {"grad_x": None}), ((64, 64, 3), "fp16", {}),
-    ((32, 64, 3), "fp32", {}), ((16, 64, 3), "fp32", {"precision": "tf32"}), ((32, 64, 1), "fp32", {"grad_weights": None}),
-], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    ("shape", "weights", "options"),
+    [
+        ((32, 64, 16), "fp16", {}),
+        ((32, 64, 1), "bf16", {"x": "bf16"}),
+        ((32, 64, 3), "fp16", {"grad_weights": None}),
+        ((5, 128, 3), "fp16", {"grad_x": None}),
+        ((64, 64, 3), "fp16", {}),
+        ((32, 64, 3), "fp32", {}),
+        ((16, 64, 3), "fp32", {"precision": "tf32"}),
+        ((32, 64, 1), "fp32", {"grad_weights": None}),
+    ],
+    ids=str,
+)
 def test_compiled_for_a_gpu(shape, weights, options, capability, tmp_path, monkeypatch):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     built = assemble_decoder(shape, capability, weights, **options)
@@ -89,14 +101,22 @@ def test_what_fits():
         )
 
 
-# which code ------------------------------------------------------------------------------------------------------------------
+# which code --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("device", "there", "taken", "why"), [
-    ("cuda", ["triton", "gcc"], "triton", "where it has one hidden layer"), ("cuda", ["triton"], "torch", "slower: triton finds no C compiler"),
-    ("cuda", ["tinycudann"], "torch", "slower: triton is not installed: pip install triton"), ("mps", ["triton", "gcc"], "torch", "no compiled decoder"),
-    ("cpu", ["numba", "triton"], "numba", "compiled for all cores"),
-])  # fmt: skip
+NOT_THERE = "slower: triton is not installed: pip install triton"
+
+
+@pytest.mark.parametrize(
+    ("device", "there", "taken", "why"),
+    [
+        ("cuda", ["triton", "gcc"], "triton", "where it has one hidden layer"),
+        ("cuda", ["triton"], "torch", "slower: triton finds no C compiler"),
+        ("cuda", ["tinycudann"], "torch", NOT_THERE),
+        ("mps", ["triton", "gcc"], "torch", "no compiled decoder"),
+        ("cpu", ["numba", "triton"], "numba", "compiled for all cores"),
+    ],
+)
 def test_what_computes_a_decoder(device, there, taken, why, machine):
     machine(*there)
     code, reason = decoder_code(device)
@@ -109,7 +129,7 @@ def test_what_computes_a_decoder(device, there, taken, why, machine):
 
 
 class Elsewhere:
-    "What is asked of a tensor to see whether the kernels take it, for a tensor on a GPU that is not here."
+    "The properties that decide whether the kernels take a tensor, on a GPU that is not present."
 
     def __init__(self, *shape, dtype=torch.float32):
         self.shape, self.dtype, self.is_cuda, self.device = (
@@ -120,22 +140,32 @@ class Elsewhere:
         )
 
 
-@pytest.mark.parametrize(("x", "layers", "capability", "taken"), [
-    (torch.float32, [(32, 64), (64, 3)], (9, 0), True), (torch.float16, [(32, 64), (64, 3)], (8, 0), True), (torch.float32, [(32, 64), (64, 3)], (7, 5), False),
-    (torch.float64, [(32, 64), (64, 3)], (9, 0), False), (torch.float32, [(32, 64), (64, 64), (64, 3)], (9, 0), False), (torch.float32, [(32, 256), (256, 3)], (9, 0), False),
-    (torch.float32, [(32, 3)], (9, 0), False),
-])  # fmt: skip
+TWO_LAYERS = [(32, 64), (64, 3)]
+
+
+@pytest.mark.parametrize(
+    ("x", "layers", "capability", "taken"),
+    [
+        (torch.float32, TWO_LAYERS, (9, 0), True),
+        (torch.float16, TWO_LAYERS, (8, 0), True),
+        (torch.float32, TWO_LAYERS, (7, 5), False),
+        (torch.float64, TWO_LAYERS, (9, 0), False),
+        (torch.float32, [(32, 64), (64, 64), (64, 3)], (9, 0), False),
+        (torch.float32, [(32, 256), (256, 3)], (9, 0), False),
+        (torch.float32, [(32, 3)], (9, 0), False),
+    ],
+)
 @pytest.mark.filterwarnings("ignore")
 def test_what_goes_to_triton(x, layers, capability, taken, machine, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    asks = getattr(suits_triton, "__wrapped__", suits_triton)  # these are no tensors
+    suits = getattr(suits_triton, "__wrapped__", suits_triton)  # these are no tensors
     given = Elsewhere(2, 9, layers[0][0], dtype=x), [Elsewhere(2, *shape) for shape in layers]
     machine("triton", "gcc")
-    assert asks(*given) == taken
+    assert suits(*given) == taken
     assert decoder_code("cuda")[0] == ("triton" if capability >= (8, 0) else "torch")
     machine("tinycudann")
-    assert not asks(*given)
+    assert not suits(*given)
 
 
 def test_what_is_handed_over(monkeypatch):
@@ -165,9 +195,15 @@ def test_what_is_handed_over(monkeypatch):
     assert len(handed) == 2
 
 
-@pytest.mark.parametrize(("device", "there", "at_once", "rival"), [
-    ("cpu", ["triton", "gcc", "tinycudann"], 0, False), ("cuda:0", ["triton", "gcc"], 3, False), ("cuda", ["tinycudann"], 0, False), ("cuda", ["triton", "gcc", "tinycudann"], 3, True),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("device", "there", "at_once", "rival"),
+    [
+        ("cpu", ["triton", "gcc", "tinycudann"], 0, False),
+        ("cuda:0", ["triton", "gcc"], 3, False),
+        ("cuda", ["tinycudann"], 0, False),
+        ("cuda", ["triton", "gcc", "tinycudann"], 3, True),
+    ],
+)
 def test_what_the_benchmark_compares(device, there, at_once, rival, machine):
     machine(*there)
     found = decoder_matches(device, False)
@@ -177,7 +213,7 @@ def test_what_the_benchmark_compares(device, there, at_once, rival, machine):
     assert cuda_with(device, "triton", "tinycudann") == rival
 
 
-# on a GPU --------------------------------------------------------------------------------------------------------------------
+# on a GPU ----------------------------------------------------------------------------------------
 
 
 @needs_triton

@@ -1,4 +1,7 @@
-"""Triton's kernels: hash grid and decoder held to the oracle in Triton's interpreter; the grid compiled for GPUs that are not here, and run where one is."""
+"""Triton's kernels: hash grid and decoder against the oracle in Triton's interpreter.
+
+The grid is also compiled for GPUs that are not present, and run on a GPU if there is one.
+"""
 
 import json
 import os
@@ -24,7 +27,7 @@ needs_triton = pytest.mark.skipif(
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
 
-# in the interpreter ----------------------------------------------------------------------------------------------------------
+# in the interpreter ------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -50,16 +53,21 @@ def test_interpreted(name, found):
         assert features <= 1e-5 and all(gradient <= 1e-4 for gradient in gradients), found[name]
 
 
-# compiled for a GPU ----------------------------------------------------------------------------------------------------------
+# compiled for a GPU ------------------------------------------------------------------------------
 
 
 @needs_triton
 @pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") == "1", reason="TRITON_INTERPRET=1 compiles nothing"
 )
-@pytest.mark.parametrize(("shape", "capability", "options"), [
-    (HashGridSettings(), 90, {}), (HashGridSettings(), 90, {"to_points": False}), (HashGridSettings(features=3, dims=2), 80, {"table": "fp16", "points": "fp16"}),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("shape", "capability", "options"),
+    [
+        (HashGridSettings(), 90, {}),
+        (HashGridSettings(), 90, {"to_points": False}),
+        (HashGridSettings(features=3, dims=2), 80, {"table": "fp16", "points": "fp16"}),
+    ],
+)
 def test_compiled_for_a_gpu(shape, capability, options, tmp_path, monkeypatch):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     built = assemble_grid(shape, capability, **options)
@@ -69,11 +77,11 @@ def test_compiled_for_a_gpu(shape, capability, options, tmp_path, monkeypatch):
         assert ".local" not in kernel.asm["ptx"], "registers spill, or a tuple lies in memory"
     if not options.get("to_points", True):
         assert built["backward"].asm["ptx"].count("ld.global.v2") == 1, (
-            "the table is read although nobody asked for the points' gradient"
+            "the table is read although the points' gradient is not needed"
         )
 
 
-# which code ------------------------------------------------------------------------------------------------------------------
+# which code --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("device", "there", "taken", "why"), [
@@ -82,7 +90,7 @@ def test_compiled_for_a_gpu(shape, capability, options, tmp_path, monkeypatch):
     ("cuda", ["triton"], "torch", "many times slower: triton finds no C compiler"),
     ("cuda", ["numba"], "torch", "many times slower: triton is not installed: pip install triton"),
     ("cpu", ["numba", "triton", "tinycudann"], "numba", "compiled for all cores"),
-    ("cpu", ["triton", "gcc"], "torch", "many times slower: numba is not installed: pip install numba"),
+    ("cpu", ["triton", "gcc"], "torch", "many times slower: numba is not installed: pip install"),
     ("mps", ["numba", "triton"], "torch", "no compiled hash grid knows this device"),
 ])  # fmt: skip
 def test_what_auto_takes(device, there, taken, why, machine):
@@ -103,10 +111,12 @@ def test_the_same_bits_every_time_only_from_plain_torch_on_cuda(machine):
 @pytest.mark.parametrize(("backend", "there", "said"), [
     ("numba", [], "HashGrid: numba is not installed: pip install numba; or use backend auto"),
     ("triton", [], "HashGrid: triton is not installed: pip install triton"),
-    ("triton", ["triton"], "triton finds no C compiler: install gcc, or name one in CC; or use backend auto"),
-    ("triton", ["triton", "gcc"], "backend triton wants a table of 32 bits or fewer on CUDA, not torch.float32 on cpu; use auto or torch"),
+    ("triton", ["triton"], "triton finds no C compiler: install gcc, or name one in CC; "
+     "or use backend auto"),
+    ("triton", ["triton", "gcc"], "backend triton wants a table of 32 bits or fewer on CUDA, "
+     "not torch.float32 on cpu; use auto or torch"),
     ("tinycudann", [], "HashGrid: tinycudann is not installed: build it by pip install git+https"),
-    ("tinycudann", ["tinycudann"], "backend tinycudann runs on CUDA, the table lies on cpu; use auto"),
+    ("tinycudann", ["tinycudann"], "tinycudann runs on CUDA, the table lies on cpu; use auto"),
 ])  # fmt: skip
 def test_a_backend_that_cannot_serve(backend, there, said, machine, monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
@@ -117,10 +127,18 @@ def test_a_backend_that_cannot_serve(backend, there, said, machine, monkeypatch)
     assert pick_backend("torch", torch.zeros(1)) == "torch"
 
 
-@pytest.mark.parametrize(("there", "compared"), [
-    (["triton", "gcc"], [("triton", "torch"), ("triton", "torch")]), (["triton", "gcc", "tinycudann"], [("triton", "torch"), ("triton", "torch"), ("triton", "tinycudann")]),
-    (["tinycudann"], [("auto", "torch"), ("auto", "torch")]), ([], [("auto", "torch"), ("auto", "torch")]),
-])  # fmt: skip
+ON_TORCH = ("triton", "torch")
+
+
+@pytest.mark.parametrize(
+    ("there", "compared"),
+    [
+        (["triton", "gcc"], [ON_TORCH] * 2),
+        (["triton", "gcc", "tinycudann"], [ON_TORCH] * 2 + [("triton", "tinycudann")]),
+        (["tinycudann"], [("auto", "torch")] * 2),
+        ([], [("auto", "torch")] * 2),
+    ],
+)
 def test_what_the_benchmark_compares(there, compared, machine):
     machine(*there)
     assert [match[1:] for match in matches("cuda:0")] == compared and [
@@ -144,7 +162,7 @@ def test_one_state_whatever_computes():
     )
 
 
-# on a GPU --------------------------------------------------------------------------------------------------------------------
+# on a GPU ----------------------------------------------------------------------------------------
 
 
 @needs_triton

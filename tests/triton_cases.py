@@ -1,5 +1,8 @@
-"""What Triton's kernels do in Triton's interpreter, on the CPU. As a program it runs every case and prints what it found; TRITON_INTERPRET=1
-must be set before Triton is imported, so it is a process of its own."""
+"""What Triton's kernels compute in Triton's interpreter, on the CPU.
+
+As a program it runs every case and prints what it found. TRITON_INTERPRET=1 must be set before
+Triton is imported, so it is a process of its own.
+"""
 
 import json
 import sys
@@ -40,13 +43,14 @@ def table_of(shape: HashGridSettings, kind: torch.dtype = torch.float32) -> torc
     )
 
 
-def apart(
+def errors(
     x: torch.Tensor,
     shape: HashGridSettings = SMALL,
     kind: torch.dtype = torch.float32,
     loss: Callable | None = None,
 ) -> list[float]:
-    "How far features, gradient by the points and gradient by the table are from the oracle's; the gradients of the largest."
+    """Largest errors of the features, of the gradient by the points and of that by the table; those
+    of the gradients relative to the largest value."""
     upstream = torch.randn(len(x), shape.levels * shape.features, generator=make_rng(1))
     points, table, results = x.detach().requires_grad_(), table_of(shape, kind), []
     for encode in (
@@ -79,7 +83,7 @@ def apart(
     ]
 
 
-# every shape -----------------------------------------------------------------------------------------------------------------
+# every shape -------------------------------------------------------------------------------------
 
 
 def second_is_refused(y: torch.Tensor, leaf: torch.Tensor, words: str) -> None:
@@ -104,14 +108,14 @@ def dimensions_and_features():
             dims=dims,
         )
         assert [level.hashed for level in grid_levels(shape)] == [False, True]
-        found.append(apart(torch.rand(60, dims, generator=make_rng(features)) * 1.5 - 0.25, shape))
+        found.append(errors(torch.rand(60, dims, generator=make_rng(features)) * 1.5 - 0.25, shape))
     return found
 
 
 @case
 def many_features():
     return [
-        apart(
+        errors(
             torch.rand(10, 2, generator=make_rng(0)),
             HashGridSettings(levels=1, features=19, log2_size=6, base=4, dims=2),
         )
@@ -122,10 +126,10 @@ def many_features():
 def the_release_s_finest_level():
     "Keys that wrap around 32 bits, and positions that eat into the fraction."
     shape = HashGridSettings(levels=2, log2_size=12, base=2048, scale=2.0)
-    return [apart(torch.rand(100, 3, generator=make_rng(0)), shape)]
+    return [errors(torch.rand(100, 3, generator=make_rng(0)), shape)]
 
 
-# every point -----------------------------------------------------------------------------------------------------------------
+# every point -------------------------------------------------------------------------------------
 
 
 @case
@@ -133,24 +137,24 @@ def faces_and_outside():
     values = torch.tensor(
         [0.0, 1.0, 0.5, 0.25, -0.25, 1.25, -0.75, 1e4, -1e4, 1e-30]
     )  # both round alike, so even on a face
-    return [apart(torch.cartesian_prod(values, values[:5], values[:4]))]
+    return [errors(torch.cartesian_prod(values, values[:5], values[:4]))]
 
 
 @case
-def not_numbers():
+def nan_and_infinity():
     x = torch.rand(12, 3, generator=make_rng(0))
     x[:9:3, 1], x[1], x[2, 2] = (
         torch.tensor([float("nan"), float("inf"), float("-inf")]),
         float("nan"),
         float("inf"),
     )
-    return [apart(x)[:1]]
+    return [errors(x)[:1]]
 
 
 @case
 def counts():
     hash_grid_triton.GRID_BLOCK = 16
-    found = [apart(torch.rand(count, 3, generator=make_rng(count))) for count in (0, 1, 16, 17)]
+    found = [errors(torch.rand(count, 3, generator=make_rng(count))) for count in (0, 1, 16, 17)]
     hash_grid_triton.GRID_BLOCK = 512
     return found
 
@@ -159,18 +163,20 @@ def counts():
 def layouts_and_types():
     columns = torch.rand(3, 40, generator=make_rng(0))
     found = [
-        apart(x)
+        errors(x)
         for x in (columns.T, columns.T[::2], columns[:, :1].T.expand(7, 3), columns.T.double())
     ]
-    halves = [apart(columns.T.to(kind)) for kind in (torch.float16, torch.bfloat16)]
-    assert all(slope < 1e-2 for _, slope, _ in halves), halves  # rounded to the points' 16 bits
+    halves = [errors(columns.T.to(kind)) for kind in (torch.float16, torch.bfloat16)]
+    assert all(by_points_error < 1e-2 for _, by_points_error, _ in halves), (
+        halves
+    )  # rounded to the points' 16 bits
     return found + [[y, table] for y, _, table in halves]
 
 
 @case
 def tables_of_16_bits():
     found = [
-        apart(torch.rand(40, 3, generator=make_rng(0)), kind=kind)
+        errors(torch.rand(40, 3, generator=make_rng(0)), kind=kind)
         for kind in (torch.float16, torch.bfloat16)
     ]
     assert all(table < 1e-2 for _, _, table in found), found
@@ -182,17 +188,17 @@ def gradients_of_any_stride():
     x = torch.rand(30, 3, generator=make_rng(0))
     skewed = torch.randn(SMALL.levels * SMALL.features, 30, generator=make_rng(2))
     return [
-        apart(x, loss=lambda y: y.sum()),
-        apart(x, loss=lambda y: (y.T * skewed).sum()),
-        apart(x, loss=lambda y: y[::2, 1].sum()),
+        errors(x, loss=lambda y: y.sum()),
+        errors(x, loss=lambda y: (y.T * skewed).sum()),
+        errors(x, loss=lambda y: y[::2, 1].sum()),
     ]
 
 
-# as a citizen of torch -------------------------------------------------------------------------------------------------------
+# as an operation of torch -------------------------------------------------------------------------
 
 
 @case
-def only_what_is_asked_for():
+def only_the_gradients_that_are_needed():
     table, x = table_of(SMALL), torch.rand(20, 3, generator=make_rng(0))
     before = x.clone(), table.detach().clone()
     y = encode_triton(x, table, SMALL)
@@ -219,7 +225,7 @@ def a_second_derivative_is_refused():
 
 @case
 def opcheck():
-    "torch's own tests of an operation: schema, shapes for `torch.compile`, registration of the derivative."
+    "torch's own tests of an operation: schema, shapes for `torch.compile`, registered gradient."
     numbers = [float(number) for number in (2, 2, 6, 3, 2.0, 3)]
     x = torch.rand(5, 3, generator=make_rng(0))
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")
@@ -280,17 +286,17 @@ def tiny_cuda_nn_s_numbers():
     y = encode_triton(x, table, shape)
     by_points, by_table = torch.autograd.grad(y, (x, table), data["dL_dy"])
     valid = data["grad_x_valid"].bool()  # elsewhere a point lies on a face
-    slope = (by_points - data["grad_x"])[valid].abs().max() / data["grad_x"].abs().max()
+    by_points_error = (by_points - data["grad_x"])[valid].abs().max() / data["grad_x"].abs().max()
     return [
         [
             (y - data["y"]).abs().max().item(),
-            slope.item(),
+            by_points_error.item(),
             ((by_table - data["grad_params"]).abs().max() / data["grad_params"].abs().max()).item(),
         ]
     ]
 
 
-# decoders --------------------------------------------------------------------------------------------------------------------
+# decoders ----------------------------------------------------------------------------------------
 
 
 def network(prompts: int, points: int, f: int, h: int, o: int) -> list[torch.Tensor]:
@@ -305,7 +311,7 @@ def network(prompts: int, points: int, f: int, h: int, o: int) -> list[torch.Ten
 def decoded(
     x: torch.Tensor, first: torch.Tensor, last: torch.Tensor, upstream: torch.Tensor | None
 ) -> list[list[torch.Tensor]]:
-    "Outputs and gradients, plainly in 64 bits and by Triton; without an upstream gradient that of the sum."
+    "Outputs and gradients, plainly in 64 bits and by Triton; `upstream` None means a plain sum."
     results = []
     for decode, kind in (
         (lambda x, *layers: mlp_plain(x, layers), torch.float64),
@@ -329,10 +335,11 @@ def decoded(
     return results
 
 
-def decoder_apart(
+def decoder_errors(
     x: torch.Tensor, first: torch.Tensor, last: torch.Tensor, upstream: torch.Tensor | None = None
 ) -> list[float]:
-    "How far outputs and the gradients of points and layers are from plain products in 64 bits, in parts of the largest."
+    """Errors of outputs and gradients of points and layers against plain products in 64 bits,
+    relative to the largest value."""
     want, got = decoded(x, first, last, upstream)
     assert [t.shape for t in want] == [t.shape for t in got]
     return [
@@ -344,7 +351,7 @@ def decoder_apart(
 @case
 def decoder_widths():
     return [
-        decoder_apart(*network(2, 40, *widths))
+        decoder_errors(*network(2, 40, *widths))
         for widths in (
             (32, 64, 3),
             (16, 16, 16),
@@ -361,7 +368,7 @@ def decoder_widths():
 def decoder_counts():
     "No point, one, borders of blocks, more blocks than programs."
     return [
-        decoder_apart(*network(prompts, points, 6, 20, 3))
+        decoder_errors(*network(prompts, points, 6, 20, 3))
         for prompts, points in (
             (2, 0),
             (0, 5),
@@ -384,9 +391,16 @@ def decoder_layouts():
     row = torch.cat([first.flatten(1), last.flatten(1)], 1)  # as a hypernetwork gives them
     first, last = row[:, : 16 * 32].unflatten(1, (16, 32)), row[:, 16 * 32 :].unflatten(1, (32, 3))
     shared = [w[:1].expand(2, -1, -1) for w in (first, last)]
-    return [decoder_apart(*given) for given in (
-        (turn(x), first, last, upstream), (x, turn(first), turn(last), upstream), (x, first, last, turn(upstream)), (x, first, last, None),
-        (x[:1].expand(2, -1, -1), *shared, upstream), (x[:, ::3], first, last, upstream[:, 1::3]), (x, turn(first)[:, :, ::2], last[:, 1::2], upstream))]  # fmt: skip
+    cases = (
+        (turn(x), first, last, upstream),
+        (x, turn(first), turn(last), upstream),
+        (x, first, last, turn(upstream)),
+        (x, first, last, None),
+        (x[:1].expand(2, -1, -1), *shared, upstream),
+        (x[:, ::3], first, last, upstream[:, 1::3]),
+        (x, turn(first)[:, :, ::2], last[:, 1::2], upstream),
+    )
+    return [decoder_errors(*given) for given in cases]
 
 
 @case
@@ -411,11 +425,12 @@ def decoder_blocks_without_a_gradient():
         and not any(g[1].any() for g in got[1:])
         and all(g[0].any() for g in got[1:])
     )
-    return [decoder_apart(x, first, last, upstream)]
+    return [decoder_errors(x, first, last, upstream)]
 
 
 def multiply_bfloat16() -> mock._patch:
-    "Triton's interpreter keeps bfloat16 as 16-bit integers and multiplies those: here they are made floats first."
+    """Triton's interpreter stores bfloat16 as 16-bit integers and multiplies those; here they are
+    made floats first."""
     from triton import language
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
@@ -442,13 +457,13 @@ def decoders_of_16_bits():
         x = x.to(kind)
         for points in (x, x.float()):
             with multiply_bfloat16():
-                found = decoder_apart(points, first.to(kind), last.to(kind), upstream.to(kind))
+                found = decoder_errors(points, first.to(kind), last.to(kind), upstream.to(kind))
             assert max(found) < least, (kind, found)
     return []
 
 
 @case
-def decoder_of_what_is_not_a_number():
+def decoder_of_nan_and_infinity():
     x, first, last, upstream = network(1, 40, 16, 32, 3)
     x[0, 7, 3], x[0, 20] = torch.nan, torch.inf
     y, want = decode_triton(x, first, last), mlp_plain(x, (first, last))
@@ -459,7 +474,7 @@ def decoder_of_what_is_not_a_number():
     alone[0, 5, 1] = torch.nan
     assert (
         decoded(*network(1, 40, 16, 32, 3)[:3], alone)[1][1][0, 5].isnan().all()
-    )  # is not passed over
+    )  # is not skipped
     return []
 
 
@@ -468,11 +483,11 @@ def decoder_of_points_at_the_kink():
     "Features of 0 make hidden numbers of 0, which pass on no gradient, as torch's ReLU has it."
     x, first, last, upstream = network(1, 40, 16, 32, 3)
     x[0, ::2] = 0
-    return [decoder_apart(x, first, last, upstream)]
+    return [decoder_errors(x, first, last, upstream)]
 
 
 @case
-def decoder_only_what_is_asked_for():
+def decoder_only_the_gradients_that_are_needed():
     x, first, last, upstream = network(2, 40, 16, 32, 3)
     _, every = decoded(x, first, last, upstream)
     for i, want in enumerate(every[1:]):
