@@ -1,4 +1,4 @@
-"""Noise-prediction-error curves: measurements that can be cut anywhere, images that depend on their number alone, shifts that are known."""
+"""Noise prediction errors: resumed measurements, reproducible images, and known shifts."""
 
 import json
 from dataclasses import dataclass, replace
@@ -224,7 +224,7 @@ def test_no_graph_and_the_camera_comes_along():
 
 
 def test_the_prior_of_the_images_errs_least():
-    "E[eps | x_t] is the best guess: any other prior is worse on average, at each t, beyond the error of the mean."
+    "E[eps | x_t] minimises the error: any other prior is worse on average at each t."
     means = PRIOR.components.table + PRIOR.components.center
     data = means[torch.arange(600) % 2] + 0.4 * draw(600, 2, seed=5)
     images = ImageBatch(data, ("a",) * 600, latents=True)
@@ -284,9 +284,16 @@ def test_another_measurement_does_not_go_on(tmp_path):
         return measure_curve(prior, images, times, partial=path, show=False, **options)
 
     other = ImageBatch(IMAGES.images, ("a",) * 40, latents=True)
-    wrong = [({"seed": 3}, "seed 0, not 3"), ({"guidance": 2.0}, "guidance None, not 2.0"), ({"label": "x"}, "label 'e', not 'x'"),
-             ({"times": [1, 2]}, "timesteps"), ({"images": IMAGES[:39]}, "images 40, not 39"), ({"images": batch(40, seed=9)}, "image 39 of .* on another"),
-             ({"prior": MixturePrior({"a": draw(2, 2), "b": draw(1, 2)})}, "another image"), ({"images": other}, "than this one \\('a'\\)")]  # fmt: skip
+    wrong = [
+        ({"seed": 3}, "seed 0, not 3"),
+        ({"guidance": 2.0}, "guidance None, not 2.0"),
+        ({"label": "x"}, "label 'e', not 'x'"),
+        ({"times": [1, 2]}, "timesteps"),
+        ({"images": IMAGES[:39]}, "images 40, not 39"),
+        ({"images": batch(40, seed=9)}, "image 39 of .* on another"),
+        ({"prior": MixturePrior({"a": draw(2, 2), "b": draw(1, 2)})}, "another image"),
+        ({"images": other}, "than this one \\('a'\\)"),
+    ]
     for options, message in wrong:
         with pytest.raises(UsageError, match=message):
             again(**options)
@@ -311,7 +318,8 @@ def test_what_is_not_finite_stops_with_image_and_t(tmp_path, value):
     path = tmp_path / "partial.jsonl"
     with pytest.raises(
         RunError,
-        match=rf"image 17 \('b'\) at t = 550 is not finite; the 17 images before it are kept in .*{path.name}",
+        match=r"image 17 \('b'\) at t = 550 is not finite; the 17 images before it are kept in "
+        rf".*{path.name}",
     ):
         measure_curve(PRIOR, IMAGES, TIMES, partial=path, predict=predict, show=False)
     assert len(read_partial(path)[1]) == 17
@@ -524,7 +532,8 @@ def test_a_worse_curve_has_no_shift():
 
 
 def test_the_interval_holds_the_shift():
-    "Paired images of random difficulty; the truth from the curves' expectations. 300 repetitions: the share holds within .90 and .99."
+    """Paired images of random difficulty, against the shift of the curves' expectations.
+    Over 300 repetitions the interval contains it in a share between .90 and .99."""
     k, n, repeats = 40, 40, 300
     t, line = GRID[:k], torch.linspace(1, 0.2, k, dtype=DOUBLE)
     held = torch.zeros(k, dtype=DOUBLE)
@@ -541,7 +550,7 @@ def test_the_interval_holds_the_shift():
 
 
 def test_pairing_narrows_the_interval():
-    "What is hard for one is hard for the other: resampled together, the difference is known better than either."
+    "Difficult images are difficult for both curves: resampled together, the interval is narrower."
     skill = 1 + 0.4 * draw(60, 1).clamp(-2, 2)
     line = torch.linspace(1, 0.2, 40, dtype=DOUBLE)
     pre, post = (

@@ -1,4 +1,4 @@
-"""Priors against oracles that share nothing with them: brute force, finite differences, diffusers' own pipeline, damaged files."""
+"""Priors against independent oracles: brute force, finite differences, diffusers, damaged files."""
 
 import json
 import shutil
@@ -24,7 +24,7 @@ from fixtures import DOUBLE, draw
 
 
 def test_published_variances():
-    "FACTS 1.1, to the digits given there."
+    "The published values of sigma squared, to the digits given."
     published = {
         20: 0.0187,
         100: 0.106,
@@ -135,8 +135,12 @@ def brute_force(means, weights, shares, std, schedule, x_t, t):
     return torch.stack(terms).logsumexp(0)
 
 
-TEXTS = {"a dog": {"a dog": 1.0}, "a cat": {"a cat, front view": 0.5, "a cat, side view": 0.5},
-         "": {"a cat, front view": 0.25, "a cat, side view": 0.25, "a dog": 0.25, "a cow": 0.25}}  # fmt: skip
+VIEWS = ("a cat, front view", "a cat, side view")
+TEXTS = {
+    "a dog": {"a dog": 1.0},
+    "a cat": {caption: 0.5 for caption in VIEWS},
+    "": {caption: 0.25 for caption in (*VIEWS, "a dog", "a cow")},
+}
 
 
 @pytest.mark.parametrize("t", [0, 40, 500, 999])
@@ -318,7 +322,7 @@ def test_long_prompts(pipeline):
         pooled = prior.encode_text(texts).pooled
     assert not torch.allclose(
         pooled[0], pooled[1], atol=1e-3
-    )  # FACTS 9, no. 8: upstream gives all long prompts one vector
+    )  # the release gives all long prompts one vector
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         prior.encode_text(["a blue cube on " * 5])  # said once

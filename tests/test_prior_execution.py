@@ -1,4 +1,4 @@
-"""However a Stable Diffusion's networks are run, its noise, latents and gradients are the plain ones; what fits on a card is counted."""
+"""Settings of a prior's networks keep its noise, latents and gradients; memory is counted."""
 
 import copy
 from dataclasses import replace
@@ -35,7 +35,7 @@ def apart(one, other):
     return float((one - other).norm() / other.norm())
 
 
-def questions(prior, items=2):
+def queries(prior, items=2):
     "The evaluations of a step of ASD."
     g = torch.Generator().manual_seed(0)
     x, t = (
@@ -51,7 +51,7 @@ def questions(prior, items=2):
 
 @torch.no_grad()
 def noise(prior):
-    return torch.cat(predict_noise_batched(prior, questions(prior)))
+    return torch.cat(predict_noise_batched(prior, queries(prior)))
 
 
 def encoded(prior):
@@ -65,14 +65,15 @@ def encoded(prior):
 
 
 def test_defaults_on_a_cpu_are_the_plain_networks_bit_for_bit(plain):
-    x, t, tokens = (torch.cat(parts) for parts in zip(*questions(plain)))
+    x, t, tokens = (torch.cat(parts) for parts in zip(*queries(plain)))
     with torch.no_grad():
         assert torch.equal(plain.unet(x, t, encoder_hidden_states=tokens).sample, noise(plain))
     assert torch.equal(plain.encode_text(["a red ball"]).tokens, plain.text(["a red ball"]).tokens)
 
 
 @pytest.mark.parametrize(("settings", "bound"), [
-    (PriorSettings("bfloat16"), HALF), (PriorSettings("bfloat16", channels_last=True), HALF), (PriorSettings(channels_last=True), ROUNDING),
+    (PriorSettings("bfloat16"), HALF), (PriorSettings("bfloat16", channels_last=True), HALF),
+    (PriorSettings(channels_last=True), ROUNDING),
     (PriorSettings(shared_text=True), ROUNDING), (PriorSettings(vae_checkpoint=True), ROUNDING),
 ])  # fmt: skip
 def test_every_setting_gives_the_same_noise_and_gradients(plain, settings, bound):
@@ -92,7 +93,8 @@ def test_compiled_networks_give_the_same(plain, traceable):
 
 
 @pytest.mark.parametrize(("settings", "device", "said"), [
-    (PriorSettings("float16"), "cpu", "float16 on a CPU, which is slower there than float32: give bfloat16, or auto"),
+    (PriorSettings("float16"), "cpu",
+     "float16 on a CPU, which is slower there than float32: give bfloat16, or auto"),
     (PriorSettings(graphs=True), "cpu", "only CUDA has them: give compile instead"),
 ])  # fmt: skip
 def test_what_a_device_does_not_do(settings, device, said):
@@ -132,7 +134,7 @@ def test_a_copy_for_an_estimator_is_a_plain_one(plain):
     "LoRA scales every row on its own, so that no two rows share keys."
     prior = StableDiffusionPrior.from_pretrained(settings=PriorSettings(shared_text=True))
     prior.unet.compile(backend="aot_eager")
-    (x, t, tokens), *_ = questions(prior)
+    (x, t, tokens), *_ = queries(prior)
     own, theirs = LoRAEstimator(prior, seed=1), LoRAEstimator(plain, seed=1)
     assert own.network._compiled_call_impl is None
     for network in (own, theirs):
@@ -227,7 +229,7 @@ def test_a_unet_of_another_kind_is_refused():
 
 
 def test_frozen_weights_keep_and_get_nothing():
-    "Of weights that learn, each strided convolution keeps its padded input as well; no gradient is computed that nobody asked for."
+    "With trainable weights, each strided convolution also stores its padded input."
     vae = random_pipeline(kl=True).vae
 
     def spent(vae):
