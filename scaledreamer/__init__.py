@@ -1,1 +1,50 @@
+"""Score distillation for text-to-3D: `import scaledreamer as sd`, then `sd.train`, `sd.asd`, ...
+
+The names below are imported when they are first used, so that importing the package stays fast.
+"""
+
 __version__ = "0.1.0"
+
+from importlib import import_module as _import_module
+
+_PUBLIC = {
+    "core.figures": ("curves", "show_images"),
+    "core.tensors": ("make_rng", "seed_everything"),
+    "camera.poses": ("orbit",),
+    "camera.rays": ("camera_rays",),
+    "toybox.captions": ("object_of",),
+    "toybox.renders": ("render_object",),
+    "prior.base": ("classifier_free_guidance",),
+    "prior.mixture": ("MixturePrior",),
+    "prior.stable_diffusion": ("StableDiffusionPrior",),
+    "prior.toybox_mixture": ("toybox_mixture",),
+    "distill.conditioning": ("make_conditioning",),
+    "distill.methods": ("asd", "csd", "sds"),
+    "distill.shift": ("deterministic_shift", "random_shift"),
+    "distill.vsd": ("vsd",),
+    "noise_error.measure": ("measure_curve",),
+    "toy.lockstep": ("Lockstep",),
+    "generator.hyper_ingp": ("HyperINGP",),
+    "generator.ingp": ("INGP",),
+    "rendering.render_settings": ("RenderSettings",),
+    "rendering.volume": ("render", "render_views"),
+    "training.train_settings": ("TrainSettings",),
+    "training.trainer": ("open_run", "train"),
+    "eval.clip": ("ClipScorer",),
+    "view.mesh": ("extract_mesh", "save_mesh"),
+    "view.turntable": ("turntable_frames",),
+}
+_MODULES = {name: module for module, names in _PUBLIC.items() for name in names}
+__all__ = sorted(_MODULES)
+
+
+def __getattr__(name: str) -> object:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(_import_module(f"{__name__}.{_MODULES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -101,10 +101,3 @@ def test_every_option_is_explained(name, capsys):
 )
 def test_options_of_earlier_versions_are_read(old, new):
     assert parse(["train", *old.split()]) == parse(["train", *new.split()])
-
-
-@pytest.mark.parametrize("moved", ["evaluate_run", "summary", "training_cost"])
-def test_names_that_moved_are_still_found(moved):
-    from scaledreamer.commands import cli, evaluate
-
-    assert getattr(cli, moved) is getattr(evaluate, moved)
