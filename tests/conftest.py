@@ -1,4 +1,4 @@
-"""Before anything is imported: the library's annotations are checked at run time, and nothing is downloaded."""
+"""Before anything is imported: annotations are checked at run time, and nothing is downloaded."""
 
 import ast
 import os
@@ -15,7 +15,7 @@ from jaxtyping import _import_hook, config, install_import_hook
 settings.register_profile(
     "house", deadline=None, derandomize=True
 )  # the same examples every time; a busy machine is no failure
-settings.load_profile("house")
+settings.load_profile("deterministic")
 
 _unchecked = _import_hook._is_no_type_check
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from scaledreamer.render.render_settings import RELEASE
-from scaledreamer.render.volume import render
+from scaledreamer.rendering.render_settings import RELEASE
+from scaledreamer.rendering.volume import render
 
 PARITY = Path(__file__).parent / "parity"
 

@@ -8,7 +8,7 @@ _beartype = beartype(conf=BeartypeConf(is_pep484_tower=True))  # an int is a fin
 
 
 def check(function):
-    "Beartype, but for `Self`: a method is decorated before its class exists, so nothing can be held against it."
+    "Beartype, but for `Self`: a method is decorated before its class exists, so nothing can be checked."
     if hasattr(function, "__annotations__"):
         function.__annotations__ = {
             name: hint

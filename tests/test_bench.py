@@ -22,7 +22,7 @@ from scaledreamer.commands.bench import BENCHES
 from scaledreamer.commands.cli import run_command
 from scaledreamer.core.settings import RunError
 from scaledreamer.kernels.hash_grid_reference import HashGridSettings, encode_torch
-from scaledreamer.train.train_settings import GENERATORS
+from scaledreamer.training.train_settings import GENERATORS
 
 NAMES = [
     "hashgrid",

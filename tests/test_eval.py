@@ -30,7 +30,7 @@ from scaledreamer.eval.truth import (
 from scaledreamer.field.scene import FogScene, SphereScene
 from scaledreamer.toybox.captions import TOYBOX_15, object_of
 from scaledreamer.toybox.renders import render_object
-from scaledreamer.train.corpora import Prompt
+from scaledreamer.training.corpora import Prompt
 
 CONFIG = {
     "model_cfg": {

@@ -12,8 +12,8 @@ from scaledreamer.field.background import EnvironmentMap
 from scaledreamer.generator.conv3d import Conv3D, Conv3DSettings
 from scaledreamer.release.released_settings import conv3d_key
 from scaledreamer.prior.base import TextEmbedding
-from scaledreamer.render.ray_samples import place_samples
-from scaledreamer.render.render_settings import RELEASE
+from scaledreamer.rendering.ray_samples import place_samples
+from scaledreamer.rendering.render_settings import RELEASE
 
 NAMES = ("03_conv3d_a_res16", "03_conv3d_b_res32_nobias32")
 

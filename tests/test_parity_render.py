@@ -11,12 +11,12 @@ from released import check_eval, check_train, fixture, stratified
 from scaledreamer.camera.rays import Rays
 from scaledreamer.field.density import volsdf_density
 from scaledreamer.field.hash_grid import HashGrid, HashGridSettings
-from scaledreamer.render.compositing import composite, density_weights, first_order_weights
-from scaledreamer.render.query import query_scene, sample_weights
-from scaledreamer.render.ray_samples import place_samples
-from scaledreamer.render.regularisers import depth_variance, eikonal, opaque, orient, sparsity
-from scaledreamer.render.render_settings import RELEASE, field_gradient
-from scaledreamer.render.sampling import importance_edges
+from scaledreamer.rendering.compositing import composite, density_weights, first_order_weights
+from scaledreamer.rendering.query import query_scene, sample_weights
+from scaledreamer.rendering.ray_samples import place_samples
+from scaledreamer.rendering.regularisers import depth_variance, eikonal, opaque, orient, sparsity
+from scaledreamer.rendering.render_settings import RELEASE, field_gradient
+from scaledreamer.rendering.sampling import importance_edges
 
 
 # 05a: density, weights and their sums

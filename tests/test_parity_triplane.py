@@ -17,7 +17,7 @@ from scaledreamer.release.released_settings import triplane_key
 from scaledreamer.field.planes import sample_triplane
 from scaledreamer.generator.triplane import Triplane, TriplaneSettings
 from scaledreamer.prior.base import TextEmbedding
-from scaledreamer.train.train_settings import GENERATORS
+from scaledreamer.training.train_settings import GENERATORS
 
 NAMES = ("04_triplane_a_local", "04_triplane_b_global")
 

@@ -13,12 +13,12 @@ from scaledreamer.core.tensors import make_rng
 from scaledreamer.field.density import volsdf_density
 from scaledreamer.field.hash_grid import HashGrid, HashGridSettings
 from scaledreamer.field.scene import FogScene, SphereScene
-from scaledreamer.render.compositing import composite, density_weights
-from scaledreamer.render.proposal import proposal_edges
-from scaledreamer.render.ray_samples import place_samples
-from scaledreamer.render.sampling import importance_edges, uniform_edges
-from scaledreamer.render.render_settings import RELEASE, RenderSettings, field_cache
-from scaledreamer.render.volume import render, render_views
+from scaledreamer.rendering.compositing import composite, density_weights
+from scaledreamer.rendering.proposal import proposal_edges
+from scaledreamer.rendering.ray_samples import place_samples
+from scaledreamer.rendering.sampling import importance_edges, uniform_edges
+from scaledreamer.rendering.render_settings import RELEASE, RenderSettings, field_cache
+from scaledreamer.rendering.volume import render, render_views
 from scaledreamer.toybox.objects import single
 
 DENSE = RenderSettings(sampler="uniform", samples=512, weight_threshold=0.0)

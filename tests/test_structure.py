@@ -21,8 +21,8 @@ NOTEBOOKS = sorted(
     for path in NBS.rglob("*.ipynb")
     if not any(part.startswith((".", "_")) for part in path.relative_to(NBS).parts)
 )
-SPACE = ("camera", "field", "render", "generator")  # 3D stages know nothing of the 2D ones
-IMAGE = ("prior", "distill", "noise_error")  # except the following module; `train` joins the two
+SPACE = ("camera", "field", "rendering", "generator")  # 3D stages know nothing of the 2D ones
+IMAGE = ("prior", "distill", "noise_error")  # except the following module; `training` joins the two
 SHARED = "scaledreamer.prior.base"  # what a text embedding is
 
 

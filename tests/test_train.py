@@ -19,12 +19,12 @@ from scaledreamer.distill.estimator import LoRAEstimator
 from scaledreamer.field.background import SolidBackground
 from scaledreamer.field.scene import SphereScene
 from scaledreamer.generator.generator_base import TextTo3D, text_vector
-from scaledreamer.train.checkpoints import checkpoint_steps
-from scaledreamer.train.corpora import number
-from scaledreamer.train.run import build
-from scaledreamer.train.step import step_prompts
-from scaledreamer.train.train_settings import TrainSettings, build_prior, paper, read_settings
-from scaledreamer.train.trainer import open_run, train
+from scaledreamer.training.checkpoints import checkpoint_steps
+from scaledreamer.training.corpora import number
+from scaledreamer.training.run import build
+from scaledreamer.training.step import step_prompts
+from scaledreamer.training.train_settings import TrainSettings, build_prior, paper, read_settings
+from scaledreamer.training.trainer import open_run, train
 
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -95,7 +95,7 @@ def test_a_gradient_that_is_not_finite_costs_no_checkpoint(settings, tmp_path, m
         )
         return run
 
-    monkeypatch.setattr("scaledreamer.train.trainer.build", poisoned)
+    monkeypatch.setattr("scaledreamer.training.trainer.build", poisoned)
     with pytest.raises(
         RunError, match="step 3: the gradient is not finite; the checkpoints are intact"
     ):
@@ -120,7 +120,7 @@ def test_a_step_that_is_not_finite_is_reported_late_on_a_device(settings, tmp_pa
         )
         return runs[-1]
 
-    monkeypatch.setattr("scaledreamer.train.trainer.build", poisoned)
+    monkeypatch.setattr("scaledreamer.training.trainer.build", poisoned)
     monkeypatch.setattr(FiniteMonitor, "check_if_cheap", lambda self: None)
     weights = []
     # the checkpoint after the fourth step reads the outcome, or the log of the fourth step
@@ -146,7 +146,7 @@ def test_a_step_that_is_not_finite_is_reported_late_on_a_device(settings, tmp_pa
 def test_the_estimated_memory_is_what_is_allocated(settings):
     from scaledreamer.camera.poses import sample_cameras
     from scaledreamer.core.tensors import step_rng
-    from scaledreamer.render.render_memory import measure_render_bytes, render_bytes
+    from scaledreamer.rendering.render_memory import measure_render_bytes, render_bytes
 
     for budget in (None, 1500):
         own = replace(
@@ -368,7 +368,7 @@ def test_a_damaged_checkpoint_is_reported_and_the_one_before_opens(settings, tmp
 FULL = """
 import resource, sys
 from scaledreamer.commands.cli import parse, run_command
-from scaledreamer.train.trainer import train
+from scaledreamer.training.trainer import train
 command, done = parse(sys.argv[1:]), []
 count = lambda step, metrics: done.append(step)
 train(command.out, command.settings, stop=lambda: len(done) == 2, on_step=count, show=False)
@@ -467,7 +467,7 @@ def test_a_prompt_that_clip_cannot_read_is_refused_before_training(tmp_path, cap
     corpus = tmp_path / "long.txt"
     corpus.write_text("a red ball\na red ball" + " on a blue cube" * 7 + "\n", encoding="utf-8")
     monkeypatch.setattr(ClipScorer, "text_features", lambda *args: pytest.fail("encoded"))
-    monkeypatch.setattr("scaledreamer.train.trainer.train", lambda *args: pytest.fail("trained"))
+    monkeypatch.setattr("scaledreamer.training.trainer.train", lambda *args: pytest.fail("trained"))
     assert (
         run_command(
             ["train", "--prior", "mixture", "--corpus", str(corpus), "--out", str(tmp_path / "run")]

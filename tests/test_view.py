@@ -17,7 +17,7 @@ from PIL import Image
 from scaledreamer.core.settings import RunError, UsageError
 from scaledreamer.eval.truth import ToyScene
 from scaledreamer.field.scene import FogScene, SphereScene
-from scaledreamer.render.volume import RenderSettings
+from scaledreamer.rendering.volume import RenderSettings
 from scaledreamer.view.mesh import extract_mesh, for_gltf, save_mesh
 from scaledreamer.view.turntable import contact_sheet, save_turntable, turntable_frames
 

@@ -28,10 +28,10 @@ from scaledreamer.release.lightning import (
 from scaledreamer.generator.triplane import TriplaneSettings
 from scaledreamer.release.released_weights import RELEASES, ReleasedSettings, import_weights
 from scaledreamer.prior.base import TextEmbedding
-from scaledreamer.render.volume import render
-from scaledreamer.train.checkpoints import read_tensors
-from scaledreamer.train.import_run import import_settings
-from scaledreamer.train.trainer import open_run, train
+from scaledreamer.rendering.volume import render
+from scaledreamer.training.checkpoints import read_tensors
+from scaledreamer.training.import_run import import_settings
+from scaledreamer.training.trainer import open_run, train
 
 PARITY = Path(__file__).parent / "parity"
 HYPER, NERF, MV_NERF = (

@@ -1,4 +1,4 @@
-"""Builds the HTML site of the committed notebooks: `python tools/build_site.py` writes it to _docs/.
+"""Builds the HTML site of the committed notebooks: `python tools/build_site.py` writes _docs/.
 
 MkDocs and mkdocs-jupyter render the pages and the search index; this file is also their hook, which
 adds an index of all public names, and points links to notebooks at their pages. At the end every

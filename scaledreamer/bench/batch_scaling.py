@@ -14,7 +14,7 @@ from torch import nn
 from .paired import PairedBenchmark, Results, compare, passes
 from ..core.tensors import make_rng
 from ..prior.base import TextEmbedding
-from ..train.train_settings import GENERATORS
+from ..training.train_settings import GENERATORS
 
 # %% ../../nbs/85_bench/40_batch_scaling.ipynb #99bcd1a9
 SMALL = ("ingp", "hyper-ingp", "conv3d", "triplane")

@@ -20,7 +20,7 @@ from .paired import PairedBenchmark, Results, agree, compare
 from .stopwatch import split
 from ..generator.generator_base import FieldScene
 from ..prior.stable_diffusion import StableDiffusionPrior
-from ..train.train_settings import GENERATORS
+from ..training.train_settings import GENERATORS
 from ..view import mesh
 
 # %% ../../nbs/85_bench/50_mesh_speed.ipynb #91a5bf97

@@ -24,9 +24,9 @@ from ..core.tensors import make_rng
 from ..eval.truth import ToyScene
 from ..generator.hyper_ingp import HyperINGP
 from ..prior.base import TextEmbedding
-from ..render.render_settings import RenderSettings
-from ..render.volume import render, render_views
-from ..train.train_settings import TrainSettings
+from ..rendering.render_settings import RenderSettings
+from ..rendering.volume import render, render_views
+from ..training.train_settings import TrainSettings
 
 # %% ../../nbs/85_bench/60_render_speed.ipynb #9745d112
 def near_surface(

@@ -33,11 +33,11 @@ from ..prior.clip_text import TextCache
 from ..prior.execution import PriorSettings, run_as
 from ..prior.stable_diffusion import StableDiffusionPrior
 from ..recipes.tiny_sd import make_tokenizer
-from ..render.volume import render
-from ..train.corpora import load_corpus
-from ..train import step as training
-from ..train.train_settings import TrainSettings, build_generator, paper
-from ..train.step import Run, build
+from ..rendering.volume import render
+from ..training.corpora import load_corpus
+from ..training import step as training
+from ..training.train_settings import TrainSettings, build_generator, paper
+from ..training.run import Run, build
 
 # %% ../../nbs/85_bench/90_step_speed.ipynb #e1e694fa
 class Steps:

@@ -138,7 +138,7 @@ class Command(Protocol):
 
 def preset_of(argv: list[str]) -> str:
     "The value of --preset. Raises UsageError where the value is missing."
-    from scaledreamer.train.train_settings import PRESETS
+    from scaledreamer.training.train_settings import PRESETS
 
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("--preset", default="toybox")
@@ -150,7 +150,7 @@ def preset_of(argv: list[str]) -> str:
 
 def prepare_train(argv: list[str]) -> tuple[list[str], Any]:
     "Arguments of `train` with present names, and its defaults, which the preset decides."
-    from scaledreamer.train.train_settings import PRESETS, RENAMED, RENAMED_VALUES
+    from scaledreamer.training.train_settings import PRESETS, RENAMED, RENAMED_VALUES
 
     cls, preset = command_class("train"), preset_of(argv)
     defaults = cls(settings=PRESETS[preset](), preset=preset) if preset in PRESETS else cls()
@@ -203,10 +203,3 @@ def run_command(argv: list[str] | None = None, on_ready: Callable[[], Any] = lam
         name = error.filename or "a file"
         print(f"scaledreamer: {name} cannot be used ({what}): {remedy}", file=sys.stderr)
         return 1
-
-
-def __getattr__(name: str) -> object:
-    "Names that were in this module in earlier versions."
-    if name in ("evaluate_run", "summary", "training_cost"):
-        return getattr(import_module("scaledreamer.commands.evaluate"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -36,9 +36,9 @@ from ..toy.point_estimator import Learning, PointEstimator
 from ..toy.points import exact_vsd, ring
 from ..toy.study import plot_final, plot_study, run_images, run_points, save_study
 from ..toy.toy_settings import ToySettings
-from ..train.corpora import load_corpus
-from ..train.train_settings import LEARNING, METHODS, DistillSettings, TrainSettings
-from ..train.train_settings import build_prior, method_of
+from ..training.corpora import load_corpus
+from ..training.train_settings import LEARNING, METHODS, DistillSettings, TrainSettings
+from ..training.train_settings import build_prior, method_of
 
 # %% ../../nbs/90_commands/10_curve_and_toy.ipynb #acb74dfe
 def image_source(

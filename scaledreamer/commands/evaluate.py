@@ -16,9 +16,11 @@ from ..core.files import write_json_atomic
 from ..core.tensors import machine
 from ..eval.clip import ClipScorer
 from ..eval.report import evaluate_scenes
-from ..render.volume import render_views
+from ..rendering.volume import render_views
 from ..toybox.captions import CORPORA
-from ..train.trainer import Run, open_run, read_rows
+from ..training.run import Run
+from ..training.run_folder import read_rows
+from ..training.trainer import open_run
 from ..view.run_report import write_report
 
 # %% ../../nbs/90_commands/32_evaluate.ipynb #536a9024

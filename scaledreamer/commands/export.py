@@ -14,8 +14,8 @@ from pathlib import Path
 import tyro
 
 from ..core.settings import UsageError
-from ..train.corpora import Prompt
-from ..train.trainer import open_run
+from ..training.corpora import Prompt
+from ..training.trainer import open_run
 from ..view.mesh import extract_mesh, save_mesh
 from ..view.turntable import save_turntable, turntable_frames
 

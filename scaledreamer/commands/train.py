@@ -16,8 +16,8 @@ import tyro
 from .shared import Stopped
 from ..core.settings import UsageError
 from ..core.tensors import best_device
-from ..train.corpora import load_corpus
-from ..train.train_settings import TrainSettings
+from ..training.corpora import load_corpus
+from ..training.train_settings import TrainSettings
 
 # %% ../../nbs/90_commands/34_train.ipynb #c5f467a1
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Train:
 def train_and_evaluate(options: Train) -> str:
     "Train, print the metrics of the result, and return the line that names the run folder."
     from scaledreamer.commands.evaluate import ClipScorer, evaluate_run, summary
-    from scaledreamer.train.trainer import memory_line, train
+    from scaledreamer.training.trainer import memory_line, train
 
     settings, folder = options.settings, options.folder
     scorer = None

@@ -14,7 +14,7 @@ import tyro
 
 from ..recipes.tiny_clip import make_tiny_clip
 from ..recipes.tiny_sd_training import RecipeSettings, make_tiny_sd
-from ..train.import_run import account, import_run
+from ..training.import_run import account, import_run
 
 # %% ../../nbs/90_commands/38_weights.ipynb #4210800e
 @dataclass(frozen=True)

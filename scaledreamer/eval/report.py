@@ -24,8 +24,8 @@ from .clip import cosines, recall, recall_by_object
 from .truth import chamfer, field_grid, silhouette_iou, solid_field, surface_points
 from .truth import truth_of, volume_iou, volume_iou_aligned
 from ..field.scene import DensityScene, Scene
-from ..render.volume import RenderSettings, render_views
-from ..train.corpora import Prompt
+from ..rendering.volume import RenderSettings, render_views
+from ..training.corpora import Prompt
 from ..toybox.objects import ToyObject
 from ..toybox.renders import render_object
 
@@ -111,7 +111,7 @@ def summarise(rows: Sequence[dict[str, Any]]) -> dict[str, float | None]:
 # %% ../../nbs/75_eval/30_report.ipynb #3fd9857e
 @runtime_checkable
 class RenderedGroup(Protocol):
-    "The result of a renderer; `scaledreamer.render.volume.Rendering` is one."
+    "The result of a renderer; `scaledreamer.rendering.volume.Rendering` is one."
 
     rgb: Float[Tensor, "b v 3 h w"]
     opacity: Float[Tensor, "b v 1 h w"]

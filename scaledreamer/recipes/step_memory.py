@@ -19,9 +19,9 @@ from ..prior.base import TextEmbedding
 from ..prior.execution import PriorSettings
 from .architectures import sd21_text, sd21_unet, sd21_vae, weights
 from .prior_memory import encoding_bytes, evaluation_bytes, shapes_only
-from ..render.volume import render
-from ..train.step import make_scenes
-from ..train.train_settings import TrainSettings, build_generator
+from ..rendering.volume import render
+from ..training.step import make_scenes
+from ..training.train_settings import TrainSettings, build_generator
 
 # %% ../../nbs/82_recipes/60_step_memory.ipynb #c265139a
 def release_render_bytes(

@@ -15,7 +15,7 @@ from jaxtyping import Float
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from ..core.figures import INK, PALETTE, STYLE, curves
+from ..core.figures import INK, PALETTE, curves, figure_style
 from ..core.settings import UsageError
 from .lockstep import Frame, Lockstep
 
@@ -78,7 +78,7 @@ def strip(
         )
     size = (1.35 * len(shown) + 0.2, 1.35 * len(methods) + 0.2)
     shared = {"squeeze": False, "sharex": True, "sharey": True}
-    with plt.rc_context(STYLE):
+    with figure_style():
         figure, axes = plt.subplots(len(methods), len(shown), figsize=size, **shared)
         for i, (row, name) in enumerate(zip(axes, methods)):
             for axis, frame in zip(row, shown):

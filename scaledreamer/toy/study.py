@@ -23,7 +23,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..core.figures import PALETTE, STYLE, image_grid
+from ..core.figures import PALETTE, figure_style, image_grid
 from ..core.settings import UsageError
 from ..core.files import write_json_atomic
 from ..core.tensors import make_rng, machine
@@ -201,7 +201,7 @@ def plot_study(
     if strangers := set(figures or ()) - set(known):
         raise UsageError(f"the study has no {sorted(strangers)}: there are {known}")
     shown, steps = list(figures or known), study["steps"]
-    with plt.rc_context(STYLE):
+    with figure_style():
         figure, axes = plt.subplots(1, len(shown), figsize=(width * len(shown), 2.6), squeeze=False)
         for axis, what in zip(axes[0], shown):
             for i, (name, method) in enumerate(methods.items()):
@@ -221,7 +221,7 @@ def plot_study(
 def plot_final(study: dict[str, Any]) -> Figure:
     "The particles of the first seed at the end over fresh data, or the first seed's images."
     names = list(study["methods"])
-    with plt.rc_context(STYLE):
+    with figure_style():
         figure, axes = plt.subplots(1, len(names), figsize=(1.3 * len(names), 1.6), squeeze=False)
         for i, (axis, name) in enumerate(zip(axes[0], names)):
             axis.set(xticks=[], yticks=[], title=name, aspect="equal")

@@ -23,7 +23,7 @@ from PIL import Image
 from plotly.subplots import make_subplots
 from torch import Tensor
 
-from ..core.figures import INK, PALETTE, STYLE, to_pixels
+from ..core.figures import INK, PALETTE, figure_style, to_pixels
 from ..core.settings import UsageError
 from ..core.files import write_atomic
 from ..distill.shift import ShiftSchedule, random_shift
@@ -66,7 +66,7 @@ def static_explorer(
     curves = lines(pair, texts)
     shown = explore(curves, t0, eta, shift_schedule, **options)
     text = (tuple(texts) or pair.pretrained.texts)[0]
-    with plt.rc_context(STYLE):
+    with figure_style():
         figure, axes = plt.subplot_mosaic(
             [["curves", "curves", "draws"], ["t0", "middle draw", "match"]],
             figsize=(6.4, 4.0),

@@ -16,8 +16,8 @@ from torch import Tensor
 from ..camera.poses import orbit
 from ..core.figures import image_grid
 from ..prior.base import TextEmbedding
-from ..render.volume import render_views
-from ..train.run import Run
+from ..rendering.volume import render_views
+from ..training.run import Run
 
 # %% ../../nbs/80_view/90_interpolation.ipynb #dde08bdc
 def interpolate_texts(

@@ -23,10 +23,10 @@ from ..core.figures import curves, image_grid
 from ..core.settings import RunError
 from ..core.files import replacing, write_atomic, writing
 from ..eval.truth import truth_of
-from ..train.corpora import Prompt
+from ..training.corpora import Prompt
 from ..toybox.renders import render_object
-from ..train.run import Run
-from ..train.trainer import read_rows
+from ..training.run import Run
+from ..training.run_folder import read_rows
 from .mesh import extract_mesh, save_mesh
 from .turntable import turntable_frames
 

@@ -24,7 +24,7 @@ from ..core.figures import image_grid, to_pixels
 from ..core.settings import RunError, UsageError
 from ..core.files import replacing, write_atomic
 from ..field.scene import DensityScene, Scene
-from ..render.volume import RenderSettings, render_views
+from ..rendering.volume import RenderSettings, render_views
 
 # %% ../../nbs/80_view/10_turntable.ipynb #6458bdf2
 def turntable_frames(
