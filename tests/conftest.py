@@ -13,7 +13,7 @@ from hypothesis import settings
 from jaxtyping import _import_hook, config, install_import_hook
 
 settings.register_profile(
-    "house", deadline=None, derandomize=True
+    "deterministic", deadline=None, derandomize=True
 )  # the same examples every time; a busy machine is no failure
 settings.load_profile("deterministic")
 

@@ -8,7 +8,7 @@ _beartype = beartype(conf=BeartypeConf(is_pep484_tower=True))  # an int is a fin
 
 
 def check(function):
-    "Beartype, but for `Self`: a method is decorated before its class exists, so nothing can be checked."
+    "Beartype, but for `Self`, whose class does not exist yet when a method is decorated."
     if hasattr(function, "__annotations__"):
         function.__annotations__ = {
             name: hint
