@@ -20,7 +20,7 @@ DEFECTS = (
     "unrealistic, blurry, low quality, out of focus, ugly, low contrast, dull, dark, "
     "low-resolution, gloomy"
 )
-# what SDS leaves in renders, in the words of SDS-Bridge's paper
+# the artifacts that SDS leaves in renders, in the words of SDS-Bridge's paper
 DESCRIPTION = (
     "oversaturated, smooth, pixelated, cartoon, foggy, hazy, blurry, bad structure, noisy, "
     "malformed"
@@ -67,7 +67,7 @@ class QuerySettings:
 class DistillSettings(QuerySettings):
     "How the noise predictions of the prior become a gradient in a training run."
 
-    # classifier-free guidance scale of the target prediction; None: the method's own in its paper
+    # classifier-free guidance scale of the target prediction; None: the value in the method's paper
     guidance: float | None = 1.5
     # how a prompt names its view: tokens of 15 degrees, words, perp-neg, or plain (not at all)
     view_prompting: ViewPrompting = "tokens"

@@ -70,7 +70,7 @@ def estimator_loss(
 
 # %% ../../nbs/35_distill/80_estimator.ipynb #d673bcf3
 class CameraEmbedding(nn.Module):
-    "What a camera adds to the time embedding; 17 numbers per row, the camera and its share."
+    "What a camera adds to the time embedding. Input per row: the camera and a factor, 17 numbers."
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -123,7 +123,7 @@ def _stacked(own: Sequence[Own]) -> Own:
 
 @runtime_checkable
 class SharedEstimator(Estimator, Protocol):
-    "An estimator that is one network with a prior."
+    "An estimator that shares one network with a prior."
 
     prior: Prior
 
@@ -144,7 +144,7 @@ def predict_with_prior(
 
 # %% ../../nbs/35_distill/80_estimator.ipynb #38d4f9ee
 class _LoRAPredictions:
-    "Predictions of one network whose rows get LoRA and the camera in part."
+    "Predictions of one network, with LoRA and the camera scaled by a factor per row."
 
     def _predict(
         self, x_t: Tensor, t: Tensor, tokens: Tensor, camera: Tensor | None, share: Tensor
@@ -177,7 +177,7 @@ class _LoRAPredictions:
 
 # %% ../../nbs/35_distill/80_estimator.ipynb #d448a2b1
 class LoRAEstimator(_LoRAPredictions):
-    """An `Estimator` on the U-Net of a Stable Diffusion; make it when the prior is on its device.
+    """An `Estimator` on the U-Net of Stable Diffusion; create it once the prior is on its device.
 
     Raises `UsageError` for other priors.
     """

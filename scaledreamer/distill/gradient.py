@@ -36,7 +36,7 @@ def fantasia3d_weight(schedule: NoiseSchedule, t: Int[Tensor, " b"]) -> Float[Te
 # %% ../../nbs/35_distill/10_gradient.ipynb #74f47cd3
 def prescribed_gradient_loss(
     latents: Float[Tensor, "b ..."],
-    gradient: Float[Tensor, "b ..."],  # wanted at `latents`, up to 1/b
+    gradient: Float[Tensor, "b ..."],  # wanted at `latents`, before the factor 1/b
 ) -> Float[Tensor, ""]:
     """A loss whose gradient at `latents` is `gradient / b` (Eq. 4 of the paper).
 

@@ -32,8 +32,8 @@ def shifted(
     t: Int[Tensor, " b"],
     t_min: int,  # lower end of the window
     last: int,  # T - 1
-    eta: float,  # length of the range in parts of t - t_min
-    u: Float[Tensor, " b"] | float = 1.0,  # place in the range, in [0, 1]
+    eta: float,  # length of the range as a fraction of t - t_min
+    u: Float[Tensor, " b"] | float = 1.0,  # position in the range, in [0, 1]
 ) -> Int[Tensor, " b"]:
     "t + u eta (t - t_min), cut to an integer, between 1 and `last`."
     return _ahead(t, eta * (t - t_min).float(), last, u)
@@ -67,7 +67,7 @@ class RangedShift:
 def shift_by(
     dt: Callable[[Tensor, int, int], Tensor],  # (t [b], t_min, last timestep) -> dt [b]
 ) -> RangedShift:
-    "Always shift by `dt`, cut to an integer, never below t or 1, never beyond the last timestep."
+    "Always shift by `dt`, cut to an integer; the result lies between max(t, 1) and `last`."
     return RangedShift(dt)
 
 # %% ../../nbs/35_distill/30_shift.ipynb #8a2bc08e
