@@ -176,7 +176,7 @@ class ScheduleFit:
 
     inside: float  # share of t whose solved shift lies in the range
     meets: float  # share of t whose interval overlaps the range
-    distance: float  # mean absolute distance of the range's middle, in timesteps
+    distance: float  # mean absolute distance of the range's midpoint, in timesteps
     count: int  # t with a solution
 
 
@@ -213,7 +213,7 @@ def plot_shift(
     t_min: int = 20,  # lower end of the window
     last: int = 999,  # T - 1
 ) -> Figure:
-    "The solved shift with its interval, and the range and middle of each shift schedule."
+    "The solved shift with its interval, and the range and midpoint of each shift schedule."
     ranges = {
         name: schedule_range(schedule, solved.timesteps.double(), t_min, last)
         for name, schedule in shift_schedules.items()
