@@ -94,7 +94,7 @@ def ray_bounds(
     directions: Float[Tensor, "b r 3"],  # unit length
     settings: RenderSettings,
 ) -> tuple[Float[Tensor, "b r"], Float[Tensor, "b r"], Bool[Tensor, "b r"]]:
-    "Near and far of each ray, and whether it may see something."
+    "Near and far of each ray, and whether it can hit the scene."
     bound = settings.bounding_radius
     radius = scene.radius if bound is None else bound
     near, far, hit = sphere_bounds(origins, directions, radius)

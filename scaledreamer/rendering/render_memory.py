@@ -32,7 +32,7 @@ def measure_render_bytes(
     side: int,  # of the images, pixels
     settings: RenderSettings,
 ) -> tuple[int, int]:
-    "Peak bytes of a render with its backward pass to `weights`, and its number of rays."
+    "Peak bytes of a render and its backward pass to `weights`, and its number of rays."
     device = next(iter(weights)).device
     rays = camera_rays(cameras, side, side).to(device)
     with torch.no_grad():

@@ -132,7 +132,7 @@ def field_cache(
 def proposal_cache(
     scene: Scene | DensityScene, settings: RenderSettings, prompts: int, like: Tensor
 ) -> FieldCache:
-    "The grid that `settings` asks for, over the bounded part of the scene's cube."
+    "The grid that `settings` specifies, over the bounded part of the scene's cube."
     bound = settings.bounding_radius
     half = scene.radius if bound is None else min(bound, scene.radius)
     return field_cache(scene, settings.proposal_grid, prompts, half, like)
@@ -146,7 +146,7 @@ def field_gradient(
     half_side: float = float("inf"),  # of the cube that steps do not leave
     values: Float[Tensor, "b n"] | None = None,  # of the field at `points`, where known
 ) -> Float[Tensor, "b n 3"]:
-    """Gradient of the field by its points, differentiable by what the field depends on.
+    """Gradient of the field at the points, differentiable in everything that the field depends on.
 
     By autograd this needs a field that is twice differentiable."""
     if method == "autograd":

@@ -122,7 +122,7 @@ def render(
     rng: torch.Generator | None = None,  # stratified samples; None: deterministic
     lookup: BatchedField | None = None,  # proposal: probed in place of a new grid of the scene
 ) -> Rendering:
-    """Images of every view of every prompt, differentiable by the scene and the background.
+    """Images of every view of every prompt, differentiable in the scene and the background.
 
     Several calls may share one `field_cache` as their `lookup`."""
     origins, directions = rays.flat()
