@@ -52,7 +52,7 @@ def grid_pair(
 
 # %% ../../nbs/85_bench/30_field_speed.ipynb #61f5d97a
 def cuda_with(device: str, *backends: Backend) -> bool:
-    "Whether this is CUDA, and nothing is missing for these backends."
+    "Whether the device is CUDA and these backends are available."
     return torch.device(device).type == "cuda" and not any(map(missing, backends))
 
 
@@ -105,7 +105,7 @@ def fused_baseline(
 def fused_pair(
     settings: HashGridSettings, points: Tensor, backend: Backend = "auto", outputs: int = 16
 ) -> PairedBenchmark:
-    "A grid and a decoder of 64 hidden units in half precision, and tiny-cuda-nn's of same weights."
+    "A grid and a decoder of 64 hidden units in half precision, and tiny-cuda-nn's, same weights."
     name, device = "hashgrid and decoder, half precision", points.device
     grid = HashGrid(settings, backend).to(device)
     grid.table = nn.Parameter(1000 * grid.table.detach())

@@ -27,7 +27,7 @@ Clock = Callable[[], float]
 
 
 def timed(call: Callable[[], Any], device: str, rounds: int, clock: Clock) -> list[float]:
-    "Seconds of some calls each, after one that is not counted."
+    "Seconds of each of several calls, after one that is not counted."
     call()
     return [seconds(call, device, clock) for _ in range(rounds)]
 
@@ -61,7 +61,7 @@ class Work:
     operations: float
 
     def floor(self, rates: dict[str, float]) -> tuple[float, str]:
-        "The least seconds, and what sets them."
+        "The lower bound in seconds, and what sets it."
         return max((getattr(self, name) / rate, name) for name, rate in rates.items())
 
 # %% ../../nbs/85_bench/95_roofline.ipynb #b07329cf

@@ -82,10 +82,10 @@ class Bench:
     "Time a part of scaledreamer beside a baseline that computes the same."
 
     name: tyro.conf.Positional[str] = ""  # benchmark to run, one of those that --list names
-    json: Path | None = None  # result file to write; None: bench-NAME.json in this folder
-    device: str = "cpu"  # cpu, cuda, cuda:1, mps, or auto for the best one of this machine
-    quick: bool = False  # small sizes that take seconds, to see that it runs, not how fast
-    list: bool = False  # name the benchmarks with what they compare, and stop
+    json: Path | None = None  # result file to write; None: bench-NAME.json in the current folder
+    device: str = "cpu"  # device to use: cpu, cuda, cuda:1, mps, or auto (the best available)
+    quick: bool = False  # small sizes that take seconds: a check that it runs, not a measurement
+    list: bool = False  # list the benchmarks and what each compares, and exit
 
     def __post_init__(self):
         if self.list:

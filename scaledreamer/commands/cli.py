@@ -130,7 +130,7 @@ def translate_renamed(
 # %% ../../nbs/90_commands/40_cli.ipynb #392c5ffd
 @runtime_checkable
 class Command(Protocol):
-    "What every command's dataclass has."
+    "The interface of every command's dataclass."
 
     def run(self) -> str:
         "Do the work; returns the line that names the result."

@@ -83,8 +83,8 @@ class Curve:
     # scale of classifier-free guidance, a finite number; None: the prediction given the text alone
     guidance: float | None = None
     steps: int = 300  # steps of VSD for --images vsd, at least 1
-    seed: int = 0  # seed of images and noise, at least 0
-    device: str = "cpu"  # cpu, cuda, cuda:1, mps, or auto for the best one of this machine
+    seed: int = 0  # random seed of images and noise, at least 0
+    device: str = "cpu"  # device to use: cpu, cuda, cuda:1, mps, or auto (the best available)
 
     def __post_init__(self):
         if self.out.suffix != ".json":
@@ -146,10 +146,10 @@ def method_names(words: str, known: tuple[str, ...]) -> list[str]:
 def make_method(
     name: str, seed: int, prior: Prior, count: int, guidance: float | None, exact: bool
 ) -> Method | Learning:
-    "One method for a seed; guidance None is each method's own."
+    "One method for a seed; with guidance None, the method's own guidance."
     if name == "exact-vsd":
         return exact_vsd if guidance is None else partial(exact_vsd, guidance=guidance)
-    # SDS-Bridge has two stages; from bridge_start on it is in its second
+    # SDS-Bridge has two stages; the second begins at bridge_start
     settings = TrainSettings(
         method=name, distill=DistillSettings(guidance=guidance, bridge_start=0.0)
     )
@@ -184,21 +184,21 @@ class Toy:
 
     # what to optimise: 2D points under exact scores, or images of a prior
     what: tyro.conf.Positional[Literal["points", "images"]]
-    out: Path  # folder for toy.json and its figures
-    # methods, separated by commas; also nfsd bridge sdi ism esd, and exact-vsd for points
+    out: Path  # folder to write toy.json and its figures to
+    # methods, separated by commas; also nfsd, bridge, sdi, ism, esd; for points also exact-vsd
     methods: str = "sds,csd,vsd,asd"
-    seeds: int = 3  # repetitions, with seeds 0, 1, ...; at least 1
+    seeds: int = 3  # number of repetitions, with seeds 0, 1, ...; at least 1
     steps: int | None = None  # steps per seed, at least 1; None: 1000 for points, 300 for images
     count: int | None = None  # points or images per seed, at least 1; None: 1000 points, 4 images
     # scale of classifier-free guidance of all methods; None: that of each method's paper
     guidance: float | None = None
-    eta: float = 0.1  # length of the range of ASD's shift, from 0 to 1, as a part of t - t_min
+    eta: float = 0.1  # length of ASD's shift range as a fraction of t - t_min, from 0 to 1
     shift: Literal["random", "deterministic", "none"] = "random"  # schedule of ASD's shift
     # 2D prior of images: tiny-sd, mixture (of toybox-15), or a Stable Diffusion folder or hub id
     prior: str = "tiny-sd"
-    text: str = "a red car"  # prompt of images
-    defects: str = DEFECTS  # images by nfsd: NFSD's negative prompt
-    description: str = DESCRIPTION  # images by bridge: appended to the text as the source prompt
+    text: str = "a red car"  # prompt of the images; not used for points
+    defects: str = DEFECTS  # negative prompt of NFSD on images
+    description: str = DESCRIPTION  # appended to the text for SDS-Bridge's source prompt on images
 
     def __post_init__(self):
         at_least(1, seeds=self.seeds, steps=self.steps, count=self.count)
@@ -237,7 +237,7 @@ def point_study(options: Toy) -> Callable[..., dict[str, Any]]:
 
 
 def method_texts(options: Toy) -> dict[str, str]:
-    "The texts that only NFSD and SDS-Bridge read, where these methods are named."
+    "The texts that only NFSD and SDS-Bridge read, if these methods are named."
     texts = {
         "nfsd": ("nfsd_negative_prompt", options.defects),
         "bridge": ("bridge_source_prompt", f"{options.text}, {options.description}"),

@@ -81,8 +81,8 @@ def summary(result: dict) -> str:
 class Evaluate:
     "Evaluate a trained run: CLIP similarity and recall, overlap with the true shapes."
 
-    folder: tyro.conf.Positional[Path]  # run folder, as `train` or `import-weights` wrote it
-    views: int = 120  # views per prompt, at least 1
+    folder: tyro.conf.Positional[Path]  # run folder written by `train` or `import-weights`
+    views: int = 120  # views rendered per prompt, at least 1
     # CLIP model: open_clip folder or NAME:PRETRAINED; None: the shipped tiny one
     clip: str | None = None
 

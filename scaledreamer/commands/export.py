@@ -24,7 +24,7 @@ MESHES, TURNTABLES = (".glb", ".obj", ".ply"), (".gif", ".mp4", ".html")
 
 
 def check_target(to: Path) -> None:
-    "Raises UsageError for a file that could not be written, or of an unknown format."
+    "Raises UsageError if the file cannot be written or its format is unknown."
     if to.suffix not in MESHES + TURNTABLES:
         raise UsageError(f"--to {to}: the suffix should be one of {', '.join(MESHES + TURNTABLES)}")
     if to.is_dir():
@@ -34,7 +34,7 @@ def check_target(to: Path) -> None:
 
 
 def prompt_text(given: str, prompts: Sequence[Prompt]) -> str:
-    "The text of a prompt id, else the text that is given. Raises UsageError for an unknown id."
+    "The text of a prompt id, or the given text itself. Raises UsageError for an unknown id."
     texts = {prompt.id: prompt.text for prompt in prompts}
     text = texts.get(given, given)
     if not text.strip() or text.isdecimal():
@@ -48,9 +48,9 @@ def prompt_text(given: str, prompts: Sequence[Prompt]) -> str:
 class Export:
     "Write a prompt as a mesh (.glb, .obj, .ply) or a turntable (.gif, .mp4, .html)."
 
-    folder: tyro.conf.Positional[Path]  # run folder, as `train` or `import-weights` wrote it
-    prompt: str  # prompt id of the run, or any text
-    to: Path  # file to write; its suffix decides the format
+    folder: tyro.conf.Positional[Path]  # run folder written by `train` or `import-weights`
+    prompt: str  # id of a prompt of the run, or any text
+    to: Path  # file to write: .glb, .obj, .ply, .gif, .mp4 or .html
     # samples per side of the mesh's grid, or pixels per side of a turntable; at least 8
     resolution: int = 128
 

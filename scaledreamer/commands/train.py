@@ -29,9 +29,9 @@ class Train:
     )
     out: Path | None = None  # run folder to write; None: runs/CORPUS-GENERATOR-METHOD-SEED
     resume: bool = False  # continue the run in the folder from its last checkpoint
-    # settings that the defaults of the other options come from
+    # preset whose settings are the defaults of the other options
     preset: Literal["toybox", "paper"] = "toybox"
-    eval_views: int = 120  # views per prompt in the final evaluation, at least 0; 0: none
+    eval_views: int = 120  # views per prompt in the final evaluation, at least 0 (0: no evaluation)
 
     def __post_init__(self):
         if self.eval_views < 0:
@@ -47,7 +47,7 @@ class Train:
         return self.out or Path("runs") / name
 
     def load(self) -> None:
-        "Import what takes seconds, before anything has begun."
+        "Import the slow libraries before the work begins."
         import scaledreamer.commands.evaluate  # noqa: F401
 
     def run(self) -> str:

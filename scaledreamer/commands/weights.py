@@ -27,7 +27,7 @@ class ImportWeights:
     prior: str = "stabilityai/stable-diffusion-2-1-base"
     # prompts of the run folder: toybox-15, toybox-800, or a .json or .txt file
     corpus: str = "toybox-15"
-    device: str = "cpu"  # cpu, cuda, cuda:1, mps, or auto for the best one of this machine
+    device: str = "cpu"  # device to use: cpu, cuda, cuda:1, mps, or auto (the best available)
 
     def run(self) -> str:
         found = import_run(self.file, self.out, self.prior, self.corpus, self.device)
@@ -39,7 +39,7 @@ class ImportWeights:
 class MakePrior:
     "Train the shipped tiny Stable Diffusion and tiny CLIP again, on Toybox renders."
 
-    out: Path  # folder for renders, checkpoints and the two results; what was stopped continues
+    out: Path  # folder for renders, checkpoints and both models; a stopped run resumes
     recipe: Annotated[RecipeSettings, tyro.conf.arg(name="")] = field(
         default_factory=RecipeSettings
     )

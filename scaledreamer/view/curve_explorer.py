@@ -205,7 +205,7 @@ class CurveControls(widgets.VBox):
 
 # %% ../../nbs/80_view/60_curve_explorer.ipynb #2479a86a
 class CurveExplorer(CurveControls):
-    "The controls over a figure that follows them; `options` of `explore`."
+    "The controls above the figure that they update; `options` of `explore`."
 
     def __init__(
         self,
