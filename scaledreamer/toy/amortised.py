@@ -14,7 +14,7 @@ from ..core.settings import UsageError
 
 # %% ../../nbs/45_toy/80_amortised.ipynb #73180edc
 class PointMaker(nn.Module):
-    "Points from captions and noise; at first the first two numbers of the noise."
+    "Points from captions and noise; at initialisation, the first two numbers of the noise."
 
     def __init__(
         self, rows: Float[Tensor, "n c"], noise: int = 4, width: int = 64, seed: int = 0

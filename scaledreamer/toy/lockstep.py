@@ -34,7 +34,7 @@ class Draw:
 
     t: Int[Tensor, " n"]
     noise: Float[Tensor, "n ..."]
-    t_shifted: Callable[[ShiftSchedule], Tensor]  # of a schedule; the same [n] at every call
+    t_shifted: Callable[[ShiftSchedule], Tensor]  # of a shift schedule; the same [n] at every call
 
 
 def draw_step(
@@ -42,7 +42,7 @@ def draw_step(
     step: int,
     shape: tuple[int, ...],  # of the items, [n, ...]
     timesteps: int,  # T of the prior
-    like: Tensor,  # its device and type are those of the noise
+    like: Tensor,  # the noise has its device and dtype
 ) -> Draw:
     "Timesteps, noise and shifted timesteps of step `step`."
     rng, n = step_rng(settings.seed, step), shape[0]
@@ -61,7 +61,7 @@ def draw_step(
 
 # %% ../../nbs/45_toy/20_lockstep.ipynb #1552e675
 class Particles(nn.Module):
-    "Items that are parameters themselves."
+    "Items that are themselves the parameters."
 
     def __init__(self, start: Float[Tensor, "n ..."]) -> None:
         super().__init__()
@@ -72,7 +72,7 @@ class Particles(nn.Module):
 
 
 def make_optimizer(maker: nn.Module, settings: ToySettings) -> torch.optim.Optimizer:
-    "The optimiser of what makes the items."
+    "The optimiser of the module that computes the items."
     if settings.optimizer == "sgd":
         return torch.optim.SGD(maker.parameters(), settings.lr)
     return torch.optim.Adam(maker.parameters(), settings.lr, settings.betas)
@@ -84,7 +84,7 @@ def move(
     optimizer: torch.optim.Optimizer,
     lr: float,
 ) -> None:
-    "One optimiser step of what makes the items; for free items and SGD it is x - lr g."
+    "One optimiser step of the module of the items; for free items and SGD it is x - lr g."
     optimizer.zero_grad(set_to_none=True)
     (len(items) * prescribed_gradient_loss(items, gradient)).backward()
     for group in optimizer.param_groups:
@@ -93,12 +93,12 @@ def move(
 
 # %% ../../nbs/45_toy/20_lockstep.ipynb #208b4b52
 class ItemCopies:
-    "Each method's own copy of the items: what makes them, and its optimiser."
+    "Each method's own copy of the items: the module that computes them, and its optimiser."
 
     def __init__(
         self,
         names: Sequence[str],  # of the methods
-        start: Float[Tensor, "n ..."] | Callable[[], nn.Module],  # items, or what makes their maker
+        start: Float[Tensor, "n ..."] | Callable[[], nn.Module],  # items, or a factory of modules
         settings: ToySettings,
     ) -> None:
         free = isinstance(start, Tensor)

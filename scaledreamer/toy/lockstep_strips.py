@@ -23,7 +23,7 @@ from .lockstep import Frame, Lockstep
 def arrows(
     points: Float[Tensor, "n 2"], gradients: Float[Tensor, "n 2"], span: float, most: int = 50
 ) -> Float[np.ndarray, "p 2"]:
-    """Arrows against the gradient of at most `most` points, as strokes separated by NaN.
+    """Arrows in the direction of descent, of at most `most` points, as strokes separated by NaN.
 
     The arrow of the 95th percentile is as long as a seventh of the square of side 2 `span`.
     """
@@ -68,8 +68,8 @@ def strip(
 ) -> Figure:
     """Points `[n, 2]` of the frames nearest to `steps`, one row per method.
 
-    `behind` are fresh data in grey, `span` is half the side of a panel, and `most` is the largest
-    number of arrows in a panel.
+    `behind` are target samples in grey, `span` is half the side of a panel, and `most` is the
+    largest number of arrows in a panel.
     """
     shown, methods = nearest_frames(lockstep, steps), lockstep.methods
     if shown[0].points[next(iter(methods))].shape[1:] != (2,):

@@ -17,7 +17,7 @@ from ..prior.schedule import NoiseSchedule
 
 # %% ../../nbs/45_toy/60_point_estimator.ipynb #0022db0d
 class PointEstimator(nn.Module):
-    "A small network from (x_t, t, caption) to noise, an `Estimator`; no camera is 16 zeros."
+    "A small network from (x_t, t, caption) to noise, an `Estimator`; a missing camera is 16 zeros."
 
     prediction_type = "epsilon"
 
@@ -88,7 +88,7 @@ class Learning:
         return score
 
     def learn(self, prior: Prior, latents: Tensor, tokens: Tensor) -> float:
-        "One training step on `batch` of the items; the loss before it."
+        "One training step on `batch` of the items; returns the loss before the step."
         size, rng = min(self.batch, len(latents)), self.rng
         chosen = torch.randint(0, len(latents), (size,), generator=rng).to(latents.device)
         t = torch.randint(0, prior.schedule.steps, (size,), generator=rng).to(latents.device)

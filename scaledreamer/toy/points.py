@@ -22,7 +22,7 @@ from ..prior.schedule import NoiseSchedule
 
 # %% ../../nbs/45_toy/10_points.ipynb #83054bb2
 def arc(count: int, radius: float, start: float, end: float) -> Float[Tensor, "k 2"]:
-    "`count` places on a circle between two angles in degrees, half a gap away from both."
+    "`count` places on a circle between two angles in degrees, the ends half a gap away from both."
     angle = torch.deg2rad(start + (end - start) * (torch.arange(count) + 0.5) / count)
     return radius * torch.stack([angle.cos(), angle.sin()], 1)
 
@@ -30,7 +30,7 @@ def arc(count: int, radius: float, start: float, end: float) -> Float[Tensor, "k
 def elsewhere(
     variance: float = 1.125, count: int = 60, offset: float = 0.0
 ) -> Float[Tensor, "k 2"]:
-    """An evenly filled disc (a sunflower) with its middle at (offset, 0).
+    """An evenly filled disc (a sunflower pattern) with its centre at (offset, 0).
 
     It is stretched a little, so that its variance in every direction is exactly `variance`.
     """
@@ -48,7 +48,7 @@ def ring(
 ) -> MixturePrior:
     """Equal modes on a circle, even and odd.
 
-    What is elsewhere has `wide` times their variance, and its middle at (offset, 0).
+    The disc "elsewhere" has `wide` times their variance, and its centre at (offset, 0).
     """
     if modes < 2 or modes % 2:
         raise UsageError(
@@ -83,14 +83,14 @@ def uneven(std: float = 0.15, shares: tuple[float, ...] = (0.5, 0.3, 0.15, 0.05)
 # %% ../../nbs/45_toy/10_points.ipynb #561b0705
 @dataclass(frozen=True, eq=False)
 class Modes:
-    "The Gaussians that a text allows."
+    "The Gaussians of the mixture for a text."
 
     means: Float[Tensor, "k ..."]
     weights: Float[Tensor, " k"]  # sum to 1
     std: float
 
     def sample(self, count: int, rng: torch.Generator) -> Float[Tensor, "n ..."]:
-        "Fresh data."
+        "Independent samples."
         chosen = self.means[self.weights.multinomial(count, replacement=True, generator=rng)]
         return chosen + self.std * torch.randn(chosen.shape, generator=rng).to(chosen)
 
@@ -132,7 +132,7 @@ def exact_vsd(
     weight: Weight = sds_weight,
     camera: Tensor | None = None,
 ) -> ScoreGradient:
-    """VSD with an exact estimator: the source is that of all `latents` together.
+    """VSD with an exact estimator: the source is the exact one of all `latents` together.
 
     A `Method`; ignores `t_shifted`.
     """

@@ -67,7 +67,7 @@ def run_seeds(
     show: bool,
     on_seed: OnSeed | None = None,
 ) -> tuple[list[int], Series, dict[int, Lockstep]]:
-    "Run and measure a lock-step for each seed; `on_seed` gets all results so far after each."
+    "Run and measure a lock-step for each seed; `on_seed` receives all results so far after each."
     if not seeds:
         raise UsageError("there are 0 seeds: give at least one")
     series, runs, steps = {}, {}, []
@@ -91,7 +91,7 @@ def study_of(
     series: Series,
     **more: Any,
 ) -> dict[str, Any]:
-    "The plain dict; `end` is the last value of each series."
+    "The study as a plain dict; `end` is the last value of each series."
     shown = asdict(settings).items()
     methods = {
         name: {
@@ -112,7 +112,7 @@ def study_of(
 
 
 def save_study(study: dict[str, Any], path: str | Path) -> None:
-    "Write it as JSON, whole or not at all."
+    "Write the study as JSON, atomically."
     write_json_atomic(path, study)
 
 # %% ../../nbs/45_toy/70_study.ipynb #39082062
@@ -132,7 +132,7 @@ class PointMeasures:
         }
 
     def of_step(self, lockstep: Lockstep, record: StepRecord, name: str) -> dict[str, float | None]:
-        "These, the source error and the norms of the gradient's parts."
+        "The measures of the particles, the source error, and the norms of the gradient's parts."
         error = {"source error": source_error(record, name, self.prior)}
         return self(record.points[name]) | error | gradient_norms(record.scores[name])
 
@@ -161,7 +161,7 @@ def run_points(
 ) -> dict[str, Any]:
     """A study of particles with exact scores, from standard normals; `prior` is the ring if None.
 
-    `keep` gets the study so far after each seed.
+    `keep` receives the study so far after each seed.
     """
     prior = prior or ring()
     measures = PointMeasures(prior, text)
@@ -256,7 +256,7 @@ def run_images(
     show: bool = True,
     keep: Callable[[dict[str, Any]], None] = lambda study: None,
 ) -> dict[str, Any]:
-    "A study of `count` images of each method and seed; `keep` gets the study after each seed."
+    "A study of `count` images per method and seed; `keep` receives the study after each seed."
     settings = settings or image_settings()
 
     def make(seed: int) -> Lockstep:
