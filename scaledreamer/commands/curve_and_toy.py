@@ -205,7 +205,7 @@ class Toy:
         random_shift(self.eta)  # raises UsageError for a wrong eta
         given = [name for name in IMAGE_OPTIONS if getattr(self, name) != getattr(Toy, name)]
         if self.what == "points" and given:
-            raise UsageError(f"--{given[0]} is of images, and these are points: leave it out")
+            raise UsageError(f"--{given[0]} applies to images, not to points: leave it out")
 
     def run(self) -> str:
         result = self.out / "toy.json"

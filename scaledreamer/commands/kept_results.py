@@ -100,7 +100,7 @@ def measured(path: Path, *what: Any, **how: Any) -> ErrorCurve:
         curve = measure_curve(*what, **how, partial=partial_path)
     except KeyboardInterrupt:
         raise Stopped(
-            f"stopped; what is measured is in {partial_path}: give the same command to go on"
+            f"stopped; what is measured is in {partial_path}: run the same command to continue"
         ) from None
     curve.save(path)
     partial_path.unlink()
