@@ -196,7 +196,7 @@ class Toy:
     shift: Literal["random", "deterministic", "none"] = "random"  # schedule of ASD's shift
     # 2D prior of images: tiny-sd, mixture (of toybox-15), or a Stable Diffusion folder or hub id
     prior: str = "tiny-sd"
-    text: str = "a red car"  # prompt of the images; not used for points
+    text: str = "a red car"  # prompt of the images; not accepted for points
     defects: str = DEFECTS  # negative prompt of NFSD on images
     description: str = DESCRIPTION  # appended to the text for SDS-Bridge's source prompt on images
 
