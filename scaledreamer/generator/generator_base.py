@@ -44,7 +44,7 @@ class Generator(Protocol):
 class TextTo3D(nn.Module):
     """Base class of generators: derive from it, set `background` and write `forward`.
 
-    It has the defaults of the attributes that training reads.
+    It provides defaults for the attributes that training reads.
     """
 
     noise: int = 0  # how many standard normal numbers z training draws per prompt; 0: none
@@ -58,7 +58,7 @@ Pooling = Literal["mean", "pooled"]
 
 
 def check_text_width(states: Float[Tensor, "... d"], width: int) -> None:
-    "Raises `UsageError` for text embeddings of another width than `width`."
+    "Raises `UsageError` for text embeddings whose width is not `width`."
     if states.shape[-1] != width:
         raise UsageError(
             f"the generator was built for text of width {width}, "

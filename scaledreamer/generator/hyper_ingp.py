@@ -98,7 +98,7 @@ class HyperINGP(TextTo3D):
         return text_vector(text, self.settings.pooling, self.settings.text_width)
 
     def standardise(self, texts: TextEmbedding) -> None:
-        "Sets mean and deviation of a residual hypernetwork's input; other hypernetworks stay."
+        "Sets mean and deviation of a residual hypernetwork's input; others are left unchanged."
         if hasattr(self.hypernetwork, "standardise"):
             self.hypernetwork.standardise(self.text_vector(texts))
 

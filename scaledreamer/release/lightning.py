@@ -76,7 +76,7 @@ def _is_state(state: Any) -> bool:
 def read_release(path: str | Path) -> tuple[dict[str, Tensor], int]:
     """Tensors of a checkpoint and its number of optimiser steps (0 where it is not stored).
 
-    Raises `RunError` for damaged files and for files of something else.
+    Raises `RunError` for damaged files and for files with other content.
     """
     path = Path(path)
     if not path.is_file():
@@ -172,7 +172,7 @@ def hyper_shape(state: State, prefix: str) -> HyperShape:
 
 # %% ../../nbs/65_release/10_lightning.ipynb #4c9cf37d
 def decoder_width(outputs: int, weights_per_unit: int, what: str) -> int:
-    """Hidden width of decoders with so many weights in all.
+    """Hidden width of decoders that have this many weights in total.
 
     Raises `RunError` where the number does not fit decoders of one width behind this grid.
     """

@@ -118,7 +118,7 @@ _KNOWN = (
 
 
 def left_over(key: str) -> str | None:
-    "The meaning of a tensor without a place; None for a weight that should have one."
+    "The meaning of a tensor that is not mapped; None for a weight that should be."
     for pattern, what in _KNOWN:
         if re.fullmatch(pattern, key):
             return what
@@ -146,7 +146,7 @@ def match_names(
 ) -> tuple[dict[str, str], dict[str, str]]:
     """Released to our names, and the meaning of the other tensors.
 
-    Raises `RunError` where a tensor is missing, has no place or has another shape.
+    Raises `RunError` where a tensor is missing, cannot be mapped or has another shape.
     """
     mapped, left = {}, {}
     for key in state:
