@@ -113,7 +113,7 @@ def test_the_same_bits_every_time_only_from_plain_torch_on_cuda(machine):
     ("triton", [], "HashGrid: triton is not installed: pip install triton"),
     ("triton", ["triton"], "triton finds no C compiler: install gcc, or name one in CC; "
      "or use backend auto"),
-    ("triton", ["triton", "gcc"], "backend triton wants a table of 32 bits or fewer on CUDA, "
+    ("triton", ["triton", "gcc"], "backend triton needs a table of 32 bits or fewer on CUDA, "
      "not torch.float32 on cpu; use auto or torch"),
     ("tinycudann", [], "HashGrid: tinycudann is not installed: build it by pip install git+https"),
     ("tinycudann", ["tinycudann"], "tinycudann runs on CUDA, the table lies on cpu; use auto"),

@@ -262,7 +262,7 @@ def the_module():
     try:
         grid.double()(x)
     except UsageError as error:
-        assert "backend triton wants a table of 32 bits or fewer" in str(error)
+        assert "backend triton needs a table of 32 bits or fewer" in str(error)
     return [found]
 
 

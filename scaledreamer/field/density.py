@@ -23,7 +23,7 @@ def volsdf_density(
     """
     if not isinstance(beta, Tensor) and not beta > 0:
         raise UsageError(
-            f"volsdf_density: beta is {beta}, want a positive width in world units, e.g. 1 / 30"
+            f"volsdf_density: beta is {beta}, expected a positive width in world units, e.g. 1 / 30"
         )
     outside = 0.5 * torch.exp(-sdf.clamp(min=0) / beta)
     inside = 1 - 0.5 * torch.exp(sdf.clamp(max=0) / beta)

@@ -100,7 +100,7 @@ def sample_voxels(
 ) -> Float[Tensor, "p n f"]:
     """Trilinear features at points of the cube [-1, 1]^3.
 
-    Raises `UsageError` where points and voxels are of different numbers of prompts.
+    Raises `UsageError` if points and voxels have different numbers of prompts.
     """
     check_prompts(points, voxels)
     grid = points[:, :, None, None].to(voxels)

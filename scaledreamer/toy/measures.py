@@ -27,7 +27,7 @@ def owners(
 
 
 def mode_shares(points: Float[Tensor, "n 2"], modes: Modes) -> Float[Tensor, " k"]:
-    "The fraction of particles that belong to each mode; particles of no mode are not counted."
+    "The fraction of all particles in each mode; the sum is below 1 if some belong to no mode."
     nearest, owned = owners(points, modes)
     return nearest[owned].bincount(minlength=len(modes.means)) / len(points)
 
