@@ -33,7 +33,7 @@ def preprocess_images(
 def check_texts(texts: list[str], tokenizer: Callable, name: str) -> None:
     "Raises `UsageError` for a text longer than the window of the model `name`."
     window = tokenizer.context_length
-    # the empty text shows what padding is
+    # the tokens of the empty text show the padding value
     tokens = tokenizer(["", *texts], context_length=4 * window)
     for text, rest in zip(texts, tokens[1:, window:]):
         if not torch.equal(rest, tokens[0, window:]):

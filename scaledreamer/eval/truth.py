@@ -120,7 +120,7 @@ def interpolation(at: Float[Tensor, " m"], resolution: int, half: float) -> Floa
 
 # %% ../../nbs/75_eval/20_truth.ipynb #09c7f8fa
 class Aligned(NamedTuple):
-    "The best fit, and how the truth was moved for it."
+    "The best aligned IoU, and how the truth was moved for it."
 
     iou: float
     scale: float  # above 1: the prediction is too large

@@ -99,7 +99,7 @@ def load_corpus(name_or_path: str) -> tuple[Prompt, ...]:
 
 # %% ../../nbs/70_training/10_corpora.ipynb #ce294fc4
 def write_manifest(path: Path, prompts: Iterable[Prompt]) -> None:
-    "Write prompts as JSON lines, all or nothing."
+    "Write prompts as JSON lines, atomically."
     lines = [json.dumps(vars(prompt), ensure_ascii=False) + "\n" for prompt in prompts]
     write_atomic(path, "".join(lines))
 

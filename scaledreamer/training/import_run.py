@@ -44,7 +44,7 @@ def import_settings(found: Imported, prior: str, corpus: str, device: str = "cpu
 
 # %% ../../nbs/70_training/60_import_run.ipynb #1c48005a
 def account(found: Imported) -> str:
-    "What became of the tensors of a checkpoint, in a sentence."
+    "How the tensors of a checkpoint were used, in a sentence."
     counts = Counter(found.left.values())
     left = "; ".join(f"{count} {what}" for what, count in counts.items())
     parts = [f"{found.release.name} after {found.step} steps: {len(found.mapped)} tensors taken"]

@@ -14,7 +14,7 @@ from ..distill.timesteps import LinearSchedule
 # %% ../../nbs/70_training/15_optim_settings.ipynb #4fbf4c57
 @dataclass(frozen=True)
 class LossSettings:
-    "Weights of the losses beside the distillation loss, with the release's schedules."
+    "Weights of the losses added to the distillation loss, with the release's schedules."
 
     # weight of the sparsity loss, which keeps opacity low, at least 0
     sparsity: float = 20.0

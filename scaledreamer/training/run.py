@@ -99,7 +99,7 @@ def longest_prompts(prompts: list[str], texts: TextEmbedding, most: int = 64) ->
 def check_prompt_lengths(
     prior: Prior, prompts: list[str], texts: TextEmbedding, settings: TrainSettings
 ) -> None:
-    "Raises `UsageError` for prompts that the prior cannot read whole with their view."
+    "Raises `UsageError` for prompts that, with their view, are too long for the prior."
     longest = longest_prompts(prompts, texts)
     step_conditioning(prior, longest, orbit(1, prompts=len(longest)), settings)
 

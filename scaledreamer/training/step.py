@@ -182,7 +182,7 @@ def fit_estimator(
 def step_metrics(
     score: ScoreGradient, sample: NoiseSample, opacity: Float[Tensor, "b v 1 h w"]
 ) -> dict[str, Float[Tensor, ""]]:
-    "Numbers that show how a step went, beside its losses."
+    "Metrics of a step in addition to its losses."
     return {
         "gradient_norm": score.gradient.flatten(1).norm(dim=1).mean(),  # per image
         "opacity": opacity.mean(),  # in [0, 1]

@@ -146,7 +146,7 @@ RENAMED_IN_RELEASED = {  # of the generator of imported weights
 
 # %% ../../nbs/70_training/20_train_settings.ipynb #c55c94e7
 def _with_new_names(given: Any, section: str = "") -> Any:
-    "Settings as an earlier version wrote them, with today's names; `section` ends in a dot."
+    "Settings that an earlier version wrote, under current names; `section` ends in a dot."
     if not isinstance(given, dict):
         return given
     named = {}
@@ -275,7 +275,7 @@ def check_generator_name(
 
 
 def _check_contract(generator: nn.Module) -> None:
-    "Raises `UsageError` for a generator without what training reads of it."
+    "Raises `UsageError` for a generator that lacks an attribute that training reads."
     missing = [x for x in ("noise", "lr_scale", "standardise") if not hasattr(generator, x)]
     if missing:
         raise UsageError(
@@ -301,7 +301,7 @@ def build_generator(
 ) -> nn.Module:
     """A fresh generator for text embeddings of `text_width`, initialised from the seed.
 
-    `make_generator` makes it if given, else the settings name it."""
+    `make_generator`, if given, makes it; otherwise the settings name it."""
     check_generator_name(settings, make_generator)
     torch.manual_seed(settings.seed)
     if make_generator:
