@@ -29,7 +29,7 @@ DESCRIPTION = (
 # %% ../../nbs/35_distill/45_distill_settings.ipynb #6e444807
 @dataclass(frozen=True)
 class QuerySettings:
-    "Where a prior is queried: the window of timesteps, the shift, and the texts to compare with."
+    "Where a prior is queried: the window of timesteps, the shift, and the negative texts."
 
     # length of the range of ASD's shift, as a fraction of t - t_min, 0 to 1 (0.1 in the paper)
     eta: float = 0.1
