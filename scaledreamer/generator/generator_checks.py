@@ -186,7 +186,7 @@ def check_generator(
     half precision, compilation and memory are as documented in this module.
     """
     b, device = len(text.tokens), text.tokens.device
-    require(b >= 2, "check_generator wants at least two prompts, to see whether they mix")
+    require(b >= 2, "check_generator needs at least two prompts, to see whether they mix")
     modes = {module: module.training for module in generator.modules()}
     generator.eval()
     try:

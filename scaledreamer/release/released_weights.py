@@ -163,7 +163,7 @@ def match_names(
     if missing := sorted(ours.keys() - mapped.values()):
         shown = ", ".join(missing[:5]) + (" and more" if missing[5:] else "")
         raise RunError(
-            f"the checkpoint of {release.name} is not whole: it has nothing for our {shown}"
+            f"the checkpoint of {release.name} is incomplete: it has nothing for our {shown}"
         )
     for key, name in mapped.items():
         if state[key].shape != ours[name].shape:

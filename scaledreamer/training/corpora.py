@@ -64,7 +64,7 @@ def _splits(path: Path, content: str) -> dict[str, list[str]]:
         for texts in splits.values()
     ):
         raise UsageError(
-            f"{path} is no corpus: it should hold a list of texts or "
+            f"{path} is no corpus: expected a list of texts or "
             '{"train": [...], "val": [...], "test": [...]}'
         )
     return splits
