@@ -61,8 +61,24 @@ def on_files(files: Files, config) -> Files:
     return files
 
 
+def described(html: str) -> str:
+    "Pictures among outputs get the heading that they stand below as their alternative text."
+    heading = ""
+
+    def replaced(found: re.Match) -> str:
+        nonlocal heading
+        if found[1] is not None:
+            heading = re.sub(r"<[^>]*>|¶", "", found[1]).strip().replace('"', "'")
+            return found[0]
+        return f'alt="Figure: {heading}"'
+
+    pattern = r'<h[1-6][^>]*>(.*?)</h[1-6]>|alt="No description has been provided for this image"'
+    return re.sub(pattern, replaced, html, flags=re.DOTALL)
+
+
 def on_post_page(output: str, page, config) -> str:
     "MkDocs: links to notebooks lead to their pages, links out of nbs/ to the repository."
+    output = described(output)
     output = re.sub(r'(href="(?![a-z]+:)[^"#]*)\.ipynb(#[^"]*)?"', r'\1.html\2"', output)
     return OUTSIDE.sub(
         rf'\1="{config.repo_url or "https://github.com/scaledreamer/scaledreamer"}/blob/main/\3"',
