@@ -366,3 +366,24 @@ def test_every_link_leads_somewhere(path):
     assert not {target for target in local if not (path.parent / target).exists()}, (
         "links that lead nowhere"
     )
+
+
+def test_the_site_describes_pictures_and_finds_broken_links(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "tools")
+    import build_site
+
+    picture = '<img alt="No description has been provided for this image">'
+    page = f"<h2>Noise</h2>{picture}<h2>A &amp; <em>B</em></h2>{picture}"
+    assert re.findall('alt="(.*?)"', build_site.described(page)) == [
+        "Figure: Noise",
+        "Figure: A &amp; B",
+    ]
+    (tmp_path / "a.html").write_text(
+        '<a href="b.html#x"></a><a href="c.html"></a><a href="#y"></a>'
+    )
+    (tmp_path / "b.html").write_text('<img src="https://example.org/x.png">')
+    assert build_site.broken_links(tmp_path) == ["a.html: c.html"]
+    hidden = {"cell_type": "code", "source": ["#| hide\n", "x = 1\n"]}
+    shown = {"cell_type": "code", "source": ["#| export\n", "x = 1\n"]}
+    assert build_site.without_directives(hidden) is None
+    assert build_site.without_directives(shown)["source"] == ["x = 1\n"]

@@ -8,6 +8,7 @@ local link of the site is checked; a broken one is printed, and the exit code is
 import ast
 import json
 import re
+import shutil
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -17,7 +18,7 @@ from urllib.parse import unquote
 from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).resolve().parent.parent
-NBS, SITE = ROOT / "nbs", ROOT / "_docs"
+NBS, PAGES, SITE = ROOT / "nbs", ROOT / "_proc", ROOT / "_docs"
 OUTSIDE = re.compile(
     r'(href|src)="((?:\.\./)+)((?:README|CONTRIBUTING|CHANGELOG|LICENSE|tests|tools)[^"]*)"'
 )
@@ -86,6 +87,28 @@ def on_post_page(output: str, page, config) -> str:
     )
 
 
+def without_directives(cell: dict) -> dict | None:
+    "A cell as a reader of the site sees it; None for one that is hidden."
+    lines = "".join(cell["source"]).splitlines(keepends=True)
+    directives = {re.sub(r"^#\|\s*", "", line).strip() for line in lines if line.startswith("#|")}
+    if cell["cell_type"] != "code" or not directives:
+        return cell
+    if "hide" in directives or any(line.startswith("default_exp") for line in directives):
+        return None
+    shown = [] if "echo: false" in directives else [ln for ln in lines if not ln.startswith("#|")]
+    return cell | {"source": shown}
+
+
+def write_pages() -> None:
+    "A copy of nbs/ for MkDocs, without nbdev's directives."
+    shutil.rmtree(PAGES, ignore_errors=True)
+    shutil.copytree(NBS, PAGES, ignore=shutil.ignore_patterns(".*", "__pycache__"))
+    for path in PAGES.rglob("*.ipynb"):
+        notebook = json.loads(path.read_text(encoding="utf-8"))
+        notebook["cells"] = [c for cell in notebook["cells"] if (c := without_directives(cell))]
+        path.write_text(json.dumps(notebook), encoding="utf-8")
+
+
 class Targets(HTMLParser):
     "Where a page links to."
 
@@ -113,6 +136,7 @@ def broken_links(site: Path) -> list[str]:
 
 
 def main() -> int:
+    write_pages()
     command = [sys.executable, "-m", "mkdocs", "build", "--quiet", "--clean"]
     built = subprocess.run(command, cwd=ROOT)
     if built.returncode:
