@@ -153,10 +153,10 @@ def test_all_texts_of_a_step_are_the_encoded_prompts(mode):
     assert torch.equal(text.plain, encode(SHARED))
     if mode == "plain":
         assert torch.equal(text.positive, encode(SHARED))
-        assert text.defects is None and text.described is None
+        assert text.nfsd_negative is None and text.bridge_source is None
         return
-    assert torch.equal(text.defects, encode(["blurry"] * 3))
-    assert torch.equal(text.described, encode(f"{words}, foggy" for words in with_views))
+    assert torch.equal(text.nfsd_negative, encode(["blurry"] * 3))
+    assert torch.equal(text.bridge_source, encode(f"{words}, foggy" for words in with_views))
     if mode == "perp-neg":
         views = view_embeddings(prior, SHARED)
         blend = perp_neg(views, text.unconditional, AZIMUTH, ELEVATION)

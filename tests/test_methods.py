@@ -69,8 +69,8 @@ PRIOR, RENDERS = make(a=4, b=3, c=2, bad=3), Renders(make(z=1, y=2, x=2, w=4))
 CAMERA = draw(3, 16, seed=13).float()
 TEXTS = {
     "plain": say(PRIOR, "c", "c", "b"),
-    "defects": say(PRIOR, "bad", "bad", "bad"),
-    "described": say(PRIOR, "c", "bad", "bad"),
+    "nfsd_negative": say(PRIOR, "bad", "bad", "bad"),
+    "bridge_source": say(PRIOR, "c", "bad", "bad"),
 }
 BARE, FULL, PUSHED = texts_of(PRIOR), texts_of(PRIOR, **TEXTS), texts_with_negatives(PRIOR, **TEXTS)
 
@@ -177,7 +177,7 @@ def test_the_weight_only_weighs(method, weight):
 @every_method
 def test_a_method_of_points(method):
     points, empty = plane(), say(plane(), "", "", "")
-    text = texts_of(points, defects=empty, described=empty)
+    text = texts_of(points, nfsd_negative=empty, bridge_source=empty)
     own = {"estimator": Renders(points)} if getattr(method, "func", None) in (vsd, esd) else {}
     assert method(
         points, draw(3, 2), text, T, draw(3, 2, seed=3), camera=CAMERA, **own
@@ -246,11 +246,11 @@ def test_nfsd(guidance):
         rtol=1e-9,
     )
     late = nfsd(PRIOR, X, text, T, NOISE, guidance=guidance, clean=0).gradient
-    torch.testing.assert_close(late, w * (cfg - eps(text.defects)), atol=1e-10, rtol=1e-9)
+    torch.testing.assert_close(late, w * (cfg - eps(text.nfsd_negative)), atol=1e-10, rtol=1e-9)
 
 
 def test_bridge_from_the_empty_text_is_csd():
-    text = Conditioning(BARE.positive, BARE.unconditional, described=BARE.unconditional)
+    text = Conditioning(BARE.positive, BARE.unconditional, bridge_source=BARE.unconditional)
     torch.testing.assert_close(
         sds_bridge(PRIOR, X, text, T, NOISE).gradient,
         csd(PRIOR, X, text, T, NOISE, guidance=40.0).gradient,

@@ -646,7 +646,7 @@ def test_fits_of_a_constant_shift():
     assert fits["paper"].distance == pytest.approx(
         float((torch.minimum(0.1 * (t - 5), 999 - t) / 2 - 30).abs().mean())
     )
-    assert (fits["right"].inside, fits["right"].meets, fits["near"].inside) == (1, 1, 0)
+    assert (fits["right"].inside, fits["right"].overlaps, fits["near"].inside) == (1, 1, 0)
     assert fits["right"].distance == pytest.approx(0, abs=1e-6) and fits[
         "near"
     ].distance == pytest.approx(2, abs=1e-6)

@@ -15,7 +15,7 @@ from scaledreamer.prior.base import unique_text_rows, predict_noise_batched
 from scaledreamer.recipes.architectures import sd21_unet, sd21_vae
 from scaledreamer.recipes.prior_memory import LiveBytes
 from scaledreamer.prior.pipelines import random_pipeline
-from scaledreamer.prior.execution import PriorSettings, run_as, share_text
+from scaledreamer.prior.execution import PriorSettings, apply_execution, share_text
 from scaledreamer.prior.stable_diffusion import StableDiffusionPrior, image_latents
 from scaledreamer.recipes.step_memory import MEMORY_PRESETS
 from scaledreamer.training.train_settings import TrainSettings, paper, read_settings
@@ -87,7 +87,7 @@ def test_every_setting_gives_the_same_noise_and_gradients(plain, settings, bound
 def test_compiled_networks_give_the_same(plain, traceable):
     torch._dynamo.reset()
     prior = StableDiffusionPrior.from_pretrained()
-    run_as(prior.unet, prior.vae, PriorSettings(compile=True), "aot_eager")
+    apply_execution(prior.unet, prior.vae, PriorSettings(compile=True), "aot_eager")
     for one, other in zip((noise(prior), *encoded(prior)), (noise(plain), *encoded(plain))):
         assert apart(one, other) < ROUNDING
 
@@ -252,7 +252,7 @@ def test_checkpoints_keep_less_and_give_the_same_gradient():
         torch.manual_seed(0)
         vae = sd21_vae(4)
     saving = copy.deepcopy(vae)
-    run_as(sd21_unet(5, 8), saving, PriorSettings(vae_checkpoint=True))
+    apply_execution(sd21_unet(5, 8), saving, PriorSettings(vae_checkpoint=True))
     found = []
     for each in (vae, saving):
         rgb = torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(0)).requires_grad_()

@@ -20,7 +20,7 @@ from scaledreamer.distill.vsd import esd, vsd
 from scaledreamer.prior.mixture import MixturePrior
 from scaledreamer.prior.schedule import scaled_linear
 from scaledreamer.toy.amortised import ImageMaker, PointMaker
-from scaledreamer.toy.point_estimator import Learning, PointEstimator
+from scaledreamer.toy.point_estimator import TrainsEstimator, PointEstimator
 from scaledreamer.toy.image_toy import image_settings, image_start, shift_strategies
 from scaledreamer.toy.lockstep import Particles, Lockstep, ToySettings, make_optimizer, move
 from scaledreamer.toy.measures import (
@@ -53,7 +53,9 @@ def learning(method=vsd, count=12, seed=0, **options):
     estimator = PointEstimator(WORLD.schedule, len(WORLD.captions), seed=seed)
     if method is esd:
         options["camera"] = torch.zeros(count, 16)
-    return Learning(partial(method, estimator=estimator, **options), estimator, batch=8, seed=seed)
+    return TrainsEstimator(
+        partial(method, estimator=estimator, **options), estimator, batch=8, seed=seed
+    )
 
 
 def all_methods(count=12):
@@ -265,9 +267,9 @@ def test_norms_add_up():
         FEW,
     ).step()
     found = {name: gradient_norms(score) for name, score in asked.scores.items()}
-    assert found["csd"]["rest"] < 1e-6 * found["csd"]["norm"] + 1e-9
+    assert found["csd"]["non_guidance"] < 1e-6 * found["csd"]["norm"] + 1e-9
     assert found["asd, 1"]["classifier"] < 1e-6 and found["asd, 1"]["norm"] == pytest.approx(
-        found["asd"]["rest"], rel=1e-3
+        found["asd"]["non_guidance"], rel=1e-3
     )
     assert found["asd"]["classifier"] == pytest.approx(6.5 * found["csd"]["norm"], rel=1e-3)
 
@@ -488,7 +490,7 @@ def test_strips():
 def test_the_estimator_starts_as_a_standard_normal_and_keeps_items_apart():
     net, t = PointEstimator(WORLD.schedule, 3), torch.tensor([0, 100, 999])
     x, tokens = draw(3, 2), WORLD.encode_text(["ring", "", "elsewhere"]).tokens
-    assert isinstance(net, Estimator) and isinstance(Learning(csd, net), Method)
+    assert isinstance(net, Estimator) and isinstance(TrainsEstimator(csd, net), Method)
     torch.testing.assert_close(net.predict_noise(x, t, tokens), WORLD.schedule.sigma(t, x) * x)
     torch.nn.init.normal_(net.net[-1].weight, generator=make_rng(0))
     whole = net.predict_noise(x, t, tokens)
@@ -504,7 +506,7 @@ def test_an_estimator_learns_the_true_source():
     run = Lockstep(
         WORLD,
         {
-            "vsd": Learning(
+            "vsd": TrainsEstimator(
                 partial(vsd, estimator=(net := PointEstimator(WORLD.schedule, 3)), guidance=1.0),
                 net,
             )

@@ -20,7 +20,7 @@ from scaledreamer.field.background import SolidBackground
 from scaledreamer.field.scene import SphereScene
 from scaledreamer.generator.generator_base import TextTo3D, text_vector
 from scaledreamer.training.checkpoints import checkpoint_steps
-from scaledreamer.training.corpora import number
+from scaledreamer.training.corpora import number_prompts
 from scaledreamer.training.run import build
 from scaledreamer.training.step import step_prompts
 from scaledreamer.training.train_settings import TrainSettings, build_prior, paper, read_settings
@@ -158,7 +158,9 @@ def test_the_estimated_memory_is_what_is_allocated(settings):
             render=replace(settings.render, train_rays_per_chunk=budget),
         )
         run = build(
-            Path("nowhere"), own, number([("a red ball", "train"), ("a blue cube", "train")])
+            Path("nowhere"),
+            own,
+            number_prompts([("a red ball", "train"), ("a blue cube", "train")]),
         )
         text, weights = (
             run.prior.encode_text([prompt.text for prompt in run.prompts]),
@@ -532,10 +534,14 @@ def test_a_prompt_that_is_too_long_with_its_view_is_found_among_many(monkeypatch
     )
     with pytest.raises(UsageError, match=rf"'{long[:20]}.+ tokens: shorten it"):
         build(
-            Path("nowhere"), TrainSettings(), number([(text, "train") for text in [*texts, long]])
+            Path("nowhere"),
+            TrainSettings(),
+            number_prompts([(text, "train") for text in [*texts, long]]),
         )
     assert sum("<az" in text for text in encoded) <= 64
-    run = build(Path("nowhere"), TrainSettings(), number([(text, "train") for text in texts]))
+    run = build(
+        Path("nowhere"), TrainSettings(), number_prompts([(text, "train") for text in texts])
+    )
     assert len(run.train_prompts) == 200
 
 

@@ -21,7 +21,7 @@ from ..core.settings import RunError
 from ..core.tensors import seed_everything
 from ..recipes.architectures import MVDREAM_VIEWS, mvdream_unet, sd21_unet, sd21_vae
 from ..prior.pipelines import quiet
-from ..prior.execution import PriorSettings, run_as
+from ..prior.execution import PriorSettings, apply_execution
 from ..prior.stable_diffusion import image_latents
 
 # %% ../../nbs/85_bench/80_large_prior_speed.ipynb #3ab4ed56
@@ -117,7 +117,7 @@ def prepared(
     with quiet():
         unet.to(dtype)
         encoder.to(dtype)
-    run_as(unet, encoder, settings)
+    apply_execution(unet, encoder, settings)
     return unet, encoder
 
 

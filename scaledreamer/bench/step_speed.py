@@ -30,7 +30,7 @@ from ..core.async_metrics import LazyMetrics
 from ..recipes.architectures import sd21_unet, sd21_vae
 from ..prior.base import Prior
 from ..prior.clip_text import TextCache
-from ..prior.execution import PriorSettings, run_as
+from ..prior.execution import PriorSettings, apply_execution
 from ..prior.stable_diffusion import StableDiffusionPrior
 from ..recipes.tiny_sd import make_tokenizer
 from ..rendering.volume import render
@@ -154,7 +154,7 @@ def random_sd21(settings: PriorSettings, device: str, quick: bool) -> StableDiff
     text = TextCache(tokenizer, random_text_encoder(tokenizer))
     prior = StableDiffusionPrior(unet, vae, text, schedule, settings)
     prior = prior.to(device, settings.dtype_on(device))
-    run_as(prior.unet, prior.vae, settings)
+    apply_execution(prior.unet, prior.vae, settings)
     return prior
 
 # %% ../../nbs/85_bench/90_step_speed.ipynb #12a7fba6

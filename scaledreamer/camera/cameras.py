@@ -54,7 +54,7 @@ class Cameras:
         if len(shapes[0]) != 2 or any(s != shapes[0] for s in shapes):
             raise UsageError(
                 f"Cameras: elevation, azimuth, distance, fovy have shapes {shapes}, "
-                "want one shape [prompts, views]"
+                "expected one shape [prompts, views]"
             )
 
     @property

@@ -189,7 +189,7 @@ def sample_cameras(
     "Random training cameras [prompts, views] as `settings` describe, on the device of `rng`."
     if prompts < 1 or views < 1:
         raise UsageError(
-            f"sample_cameras: {prompts} prompts x {views} views, want at least one of each"
+            f"sample_cameras: {prompts} prompts x {views} views: expected at least one of each"
         )
     match settings:
         case SingleCameras():
@@ -214,7 +214,7 @@ def orbit(
 ) -> Cameras:
     "Evenly spaced cameras from azimuth 0 on, the same for every prompt."
     if views < 1 or prompts < 1:
-        raise UsageError(f"orbit: {prompts} prompts x {views} views, want at least one of each")
+        raise UsageError(f"orbit: {prompts} prompts x {views} views: expected at least one of each")
     given = 1.0 if distance is None else distance
     _check("orbit", (elevation, elevation), (fovy, fovy), (given, given))
     turn = torch.arange(views) * (360 / max(views - endpoint, 1))

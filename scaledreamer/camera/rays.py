@@ -33,7 +33,7 @@ class Rays:
             shapes = f"{list(self.origins.shape)} and {list(self.directions.shape)}"
             raise UsageError(
                 f"Rays: origins and directions have shapes {shapes}, "
-                "want one shape [prompts, views, height, width, 3]"
+                "expected one shape [prompts, views, height, width, 3]"
             )
 
     @property
@@ -59,7 +59,9 @@ def camera_rays(
 ) -> Rays:
     "Rays through all pixel centres of all cameras, as the release makes them."
     if height < 1 or width < 1:
-        raise UsageError(f"camera_rays: an image of {height} x {width} pixels, want at least 1 x 1")
+        raise UsageError(
+            f"camera_rays: an image of {height} x {width} pixels: expected at least 1 x 1"
+        )
     pose = cameras.c2w()
     focal = 0.5 * height / (cameras.fovy / 2).deg2rad().tan()
     x = torch.arange(width, device=pose.device) + 0.5 - width / 2

@@ -32,12 +32,13 @@ from ..noise_error.error import ErrorCurve
 from ..noise_error.image_sources import CurveProtocol, PriorSamples, ToyboxRenders
 from ..prior.base import Prior
 from ..toy.image_toy import image_settings
-from ..toy.point_estimator import Learning, PointEstimator
+from ..toy.point_estimator import TrainsEstimator, PointEstimator
 from ..toy.points import exact_vsd, ring
 from ..toy.study import plot_final, plot_study, run_images, run_points, save_study
 from ..toy.toy_settings import ToySettings
 from ..training.corpora import load_corpus
-from ..training.train_settings import LEARNING, METHODS, DistillSettings, TrainSettings
+from ..training.train_settings import ESTIMATOR_METHODS, METHODS, DistillSettings
+from ..training.train_settings import TrainSettings
 from ..training.train_settings import build_prior, method_of
 
 # %% ../../nbs/90_commands/10_curve_and_toy.ipynb #acb74dfe
@@ -145,7 +146,7 @@ def method_names(words: str, known: tuple[str, ...]) -> list[str]:
 
 def make_method(
     name: str, seed: int, prior: Prior, count: int, guidance: float | None, exact: bool
-) -> Method | Learning:
+) -> Method | TrainsEstimator:
     "One method for a seed; with guidance None, the method's own guidance."
     if name == "exact-vsd":
         return exact_vsd if guidance is None else partial(exact_vsd, guidance=guidance)
@@ -153,7 +154,7 @@ def make_method(
     settings = TrainSettings(
         method=name, distill=DistillSettings(guidance=guidance, bridge_start=0.0)
     )
-    if name not in LEARNING:
+    if name not in ESTIMATOR_METHODS:
         return method_of(settings)
     if exact:
         estimator = PointEstimator(prior.schedule, len(prior.captions), seed=seed)
@@ -162,12 +163,12 @@ def make_method(
     method = method_of(settings, estimator=estimator)
     if name == "esd":  # a toy has no camera, but ESD expects one
         method = partial(method, camera=torch.zeros(count, 16))
-    return Learning(method, estimator, lr=3e-3 if exact else 1e-3, seed=seed)
+    return TrainsEstimator(method, estimator, lr=3e-3 if exact else 1e-3, seed=seed)
 
 
 def make_methods(
     words: str, prior: Prior, count: int, guidance: float | None, exact: bool
-) -> Callable[[int], Mapping[str, Method | Learning]]:
+) -> Callable[[int], Mapping[str, Method | TrainsEstimator]]:
     "A function of the seed that makes the named methods. Raises UsageError for an unknown name."
     names = method_names(words, (*METHODS, "exact-vsd") if exact else tuple(METHODS))
     return lambda seed: {

@@ -25,7 +25,7 @@ from ..noise_error.measure import ImageBatch, measure_curve
 from ..prior.base import Prior
 from ..toy.image_toy import image_settings, image_start
 from ..toy.lockstep import Lockstep
-from ..toy.point_estimator import Learning
+from ..toy.point_estimator import TrainsEstimator
 
 # %% ../../nbs/90_commands/08_kept_results.ipynb #b723cf54
 def read_kept(path: Path, origin: str, device: str = "cpu") -> dict[str, Tensor]:
@@ -56,7 +56,7 @@ def distill_by_vsd(
     estimator: LoRAEstimator,
 ) -> Tensor:
     "Distil one latent image per text by VSD, starting from noise; also trains the estimator."
-    method = Learning(
+    method = TrainsEstimator(
         partial(vsd, estimator=estimator), estimator, lr=1e-3, batch=len(texts), seed=seed
     )
     start = image_start(prior, len(texts), seed).to(device)

@@ -14,7 +14,7 @@ import tyro
 
 from ..recipes.tiny_clip import make_tiny_clip
 from ..recipes.tiny_sd_training import RecipeSettings, make_tiny_sd
-from ..training.import_run import account, import_run
+from ..training.import_run import import_summary, import_run
 
 # %% ../../nbs/90_commands/38_weights.ipynb #4210800e
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class ImportWeights:
 
     def run(self) -> str:
         found = import_run(self.file, self.out, self.prior, self.corpus, self.device)
-        print(account(found[1]))
+        print(import_summary(found[1]))
         return f"run: {self.out}"
 
 # %% ../../nbs/90_commands/38_weights.ipynb #3795331e

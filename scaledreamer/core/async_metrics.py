@@ -92,12 +92,12 @@ class LazyMetrics(Mapping):  # of str to float
         return len(self._values)
 
 # %% ../../nbs/10_core/50_async_metrics.ipynb #6fb458d5
-def guarded_step(optimizer: torch.optim.Optimizer, fine: Bool[Tensor, ""]) -> None:
-    "A step of the optimiser if `fine`, none if not; without waiting if it is fused."
+def guarded_step(optimizer: torch.optim.Optimizer, finite: Bool[Tensor, ""]) -> None:
+    "A step of the optimiser if `finite`, none if not; without waiting if it is fused."
     if not all(group.get("fused") for group in optimizer.param_groups):
-        if fine:
+        if finite:
             optimizer.step()
         return
-    optimizer.found_inf = (~fine).float()
+    optimizer.found_inf = (~finite).float()
     optimizer.step()
     del optimizer.found_inf

@@ -53,7 +53,7 @@ def to_json(settings: Any) -> str:
     """`settings`, a frozen dataclass, as text that `from_json` turns back into an equal
     object, fields in the order of the class. Raises `UsageError` for values without a JSON form."""
     if not is_dataclass(settings) or isinstance(settings, type):
-        raise UsageError(f"to_json wants an instance of a dataclass, not {settings!r}")
+        raise UsageError(f"to_json: {settings!r} is not an instance of a dataclass")
     return _dumps(settings)
 
 # %% ../../nbs/10_core/10_settings.ipynb #76cb1f63

@@ -139,8 +139,8 @@ def make_conditioning(
     if plain:
         text = replace(text, plain=encode(prompts))
     if nfsd_negative_prompt is not None:
-        text = replace(text, defects=encode([nfsd_negative_prompt]).expand_as(text.positive))
+        text = replace(text, nfsd_negative=encode([nfsd_negative_prompt]).expand_as(text.positive))
     if bridge_source_prompt is not None:
         described = [f"{prompt}, {bridge_source_prompt}" for prompt in with_view]
-        text = replace(text, described=encode(described))
+        text = replace(text, bridge_source=encode(described))
     return text

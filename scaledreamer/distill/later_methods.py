@@ -38,14 +38,14 @@ def nfsd(
 
     A `Method`; raises `UsageError` without `text.defects`.
     """
-    if text.defects is None:
+    if text.nfsd_negative is None:
         raise UsageError(
-            "nfsd has no text of bad images: give Conditioning(..., defects=tokens), "
+            "nfsd has no text of bad images: give Conditioning(..., nfsd_negative=tokens), "
             f"e.g. of {DEFECTS!r}"
         )
     x_t = prior.schedule.add_noise(latents, noise, t)
     *eps, bad = predict_noise_batched(
-        prior, [*cfg_queries(x_t, t, text), (x_t, t, text.defects)], camera
+        prior, [*cfg_queries(x_t, t, text), (x_t, t, text.nfsd_negative)], camera
     )
     source = torch.where(expand_per_item(t < clean, bad), 0, bad)
     return score_gradient(prior, weight, apply_cfg(eps, text, guidance), source, eps[0], t)
@@ -55,18 +55,18 @@ def nfsd(
 def sds_bridge(
     prior, latents, text, t, noise, t_shifted=None, guidance=40.0, weight=sds_weight, camera=None
 ) -> ScoreGradient:
-    """The second stage of SDS-Bridge: the source is eps of `text.described`.
+    """The second stage of SDS-Bridge: the source is eps of `text.bridge_source`.
 
-    A `Method`; raises `UsageError` without `text.described`.
+    A `Method`; raises `UsageError` without `text.bridge_source`.
     """
-    if text.described is None:
+    if text.bridge_source is None:
         raise UsageError(
-            "sds_bridge has no text of the renders: give Conditioning(..., described=tokens), "
+            "sds_bridge has no text of the renders: give Conditioning(..., bridge_source=tokens), "
             f"e.g. of the prompt and {DESCRIPTION!r}"
         )
     x_t = prior.schedule.add_noise(latents, noise, t)
     wanted, source = predict_noise_batched(
-        prior, [(x_t, t, text.positive), (x_t, t, text.described)], camera
+        prior, [(x_t, t, text.positive), (x_t, t, text.bridge_source)], camera
     )
     return score_gradient(
         prior, weight, classifier_free_guidance(source, wanted, guidance), source, source, t

@@ -106,7 +106,7 @@ class EstimatorTrainer:
         camera: Float[Tensor, "b 16"] | None,
         rng: torch.Generator,
         drop: float = 0.1,  # probability of a batch without cameras, 0 to 1
-        fine: Bool[Tensor, ""] | None = None,  # where false, the weights stay as they are
+        only_if: Bool[Tensor, ""] | None = None,  # where false, the weights stay as they are
     ) -> Float[Tensor, ""]:  # the loss before the step
         """One optimiser step, skipped on the device if the loss is not finite.
 
@@ -126,5 +126,5 @@ class EstimatorTrainer:
             )
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        guarded_step(self.optimizer, finite if fine is None else finite & fine)
+        guarded_step(self.optimizer, finite if only_if is None else finite & only_if)
         return loss.detach()

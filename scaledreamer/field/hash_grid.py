@@ -170,7 +170,7 @@ class HashGrid(nn.Module):
         if points.shape[-1:] != (self.settings.dims,):
             raise UsageError(
                 f"HashGrid: points have shape {list(points.shape)}, "
-                f"want [..., {self.settings.dims}]"
+                f"expected [..., {self.settings.dims}]"
             )
         if points.device != self.table.device:
             raise UsageError(

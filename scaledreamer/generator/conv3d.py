@@ -19,7 +19,7 @@ from ..core.settings import UsageError
 from ..core.tensors import make_rng
 from ..field.background import SolidBackground
 from ..field.decoders import MLPDecoder
-from ..field.voxels import Equalised, Layer, ToFeatures, sample_voxels, doubled, leaky
+from ..field.voxels import Equalised, Layer, ToFeatures, sample_voxels, upsample, leaky
 from .generator_base import Background, FieldScene, Pooling, background_of
 from .generator_base import TextTo3D, text_vector
 from ..prior.base import TextEmbedding
@@ -72,7 +72,7 @@ class Block(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         x = self.conv0(x, w, noises[0])
         x = self.conv1(x if self.const_bias is None else x + self.const_bias, w, noises[1])
-        return x, doubled(features) + self.to_features(x, w)
+        return x, upsample(features) + self.to_features(x, w)
 
 # %% ../../nbs/60_generator/50_conv3d.ipynb #3cf665dc
 class Synthesis(nn.Module):

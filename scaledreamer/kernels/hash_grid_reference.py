@@ -44,7 +44,7 @@ class HashGridSettings:
         for name, (least, most) in limits.items():
             value = getattr(self, name)
             if not least <= value <= most:
-                raise UsageError(f"HashGridSettings: {name} is {value}, want {least} to {most}")
+                raise UsageError(f"HashGridSettings: {name} is {value}: expected {least} to {most}")
 
 # %% ../../nbs/15_kernels/30_hash_grid_reference.ipynb #83ebfacd
 class GridLevel(NamedTuple):

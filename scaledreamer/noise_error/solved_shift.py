@@ -175,7 +175,7 @@ class ScheduleFit:
     "A shift schedule compared with the solved shift."
 
     inside: float  # share of t whose solved shift lies in the range
-    meets: float  # share of t whose interval overlaps the range
+    overlaps: float  # share of t whose interval overlaps the range
     distance: float  # mean absolute distance of the range's midpoint, in timesteps
     count: int  # t with a solution
 
@@ -199,11 +199,10 @@ def fit_schedules(
     for name, schedule in shift_schedules.items():
         low, high = schedule_range(schedule, t, t_min, last)
         inside = (low - 0.5 <= shift) & (shift <= high + 0.5)
-        meets = (low - 0.5 <= highest) & (lowest <= high + 0.5)
-        fits[name] = ScheduleFit(
-            *(float(x.double().mean()) for x in (inside, meets, ((low + high) / 2 - shift).abs())),
-            len(t),
-        )
+        overlaps = (low - 0.5 <= highest) & (lowest <= high + 0.5)
+        distance = ((low + high) / 2 - shift).abs()
+        means = [float(x.double().mean()) for x in (inside, overlaps, distance)]
+        fits[name] = ScheduleFit(*means, len(t))
     return fits
 
 # %% ../../nbs/40_noise_error/40_solved_shift.ipynb #875823b6

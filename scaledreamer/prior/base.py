@@ -73,12 +73,12 @@ class Conditioning:
     negative_weights: Float[Tensor, "b k"] | None = None  # signed: below 0 pushes away
     # the positive text without its view, for VSD's estimator; None: the positive text
     plain: Float[Tensor, "b n d"] | None = None
-    defects: Float[Tensor, "b n d"] | None = None  # the negative prompt of NFSD
+    nfsd_negative: Float[Tensor, "b n d"] | None = None  # the negative prompt of NFSD
     # the positive text and a description of the renders' flaws, for SDS-Bridge
-    described: Float[Tensor, "b n d"] | None = None
+    bridge_source: Float[Tensor, "b n d"] | None = None
 
     def __post_init__(self) -> None:
-        for name in ("unconditional", "plain", "defects", "described"):
+        for name in ("unconditional", "plain", "nfsd_negative", "bridge_source"):
             text = getattr(self, name)
             if text is not None and text.shape != self.positive.shape:
                 raise UsageError(

@@ -23,7 +23,7 @@ from ..core.settings import RunError, UsageError
 from .base import Rows, TextEmbedding
 from .clip_text import TextCache
 from .pipelines import load_part, load_plain, pipeline_index, quiet
-from .execution import PriorSettings, run_as
+from .execution import PriorSettings, apply_execution
 from .schedule import NoiseSchedule, from_diffusers
 
 # %% ../../nbs/30_prior/90_stable_diffusion.ipynb #357b79fe
@@ -188,7 +188,7 @@ class StableDiffusionPrior(PipelineParts):
         "Raises `UsageError` for other models, and `RunError` for damaged files with the remedy."
         dtype = settings.dtype_on(device)  # before any file is read
         prior = cls(*open_parts(path_or_id, strict, variant), settings).to(device, dtype)
-        run_as(prior.unet, prior.vae, settings)
+        apply_execution(prior.unet, prior.vae, settings)
         return prior
 
     def predict_noise(

@@ -203,7 +203,7 @@ class Imported:
     left: dict[str, str]  # released name: meaning
 
     @property
-    def unlike(self) -> list[str]:
+    def differences(self) -> list[str]:
         "Differences to the closest released configuration; empty if there are none."
         found = self.settings.generator
         same_type = [preset for preset in RELEASE_PRESETS if type(preset) is type(found)]

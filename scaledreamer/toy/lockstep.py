@@ -135,7 +135,7 @@ def lockstep_conditioning(
         nfsd_negative_prompt=settings.nfsd_negative_prompt,
     )
     described = prior.encode_text([settings.bridge_source_prompt]).tokens
-    return replace(words, described=described.expand_as(words.positive))
+    return replace(words, bridge_source=described.expand_as(words.positive))
 
 # %% ../../nbs/45_toy/20_lockstep.ipynb #5b85fa2f
 @dataclass(frozen=True, eq=False)

@@ -88,7 +88,11 @@ def source_error(record: StepRecord, name: str, prior: Prior) -> float:
 
 def gradient_norms(score: ScoreGradient) -> dict[str, float]:
     "Mean norm of an item's gradient, of the part that guidance adds, and of the rest."
-    parts = {"norm": score.gradient, "classifier": score.classifier, "rest": score.non_guidance}
+    parts = {
+        "norm": score.gradient,
+        "classifier": score.classifier,
+        "non_guidance": score.non_guidance,
+    }
     return {part: float(norms(value).mean()) for part, value in parts.items()}
 
 # %% ../../nbs/45_toy/50_measures.ipynb #2a30553d

@@ -126,8 +126,8 @@ class PointMeasures:
 
     def __call__(self, points: Float[Tensor, "n 2"]) -> dict[str, float | None]:
         return {
-            "covered": mode_coverage(points, self.target),
-            "spread": mode_width_ratio(points, self.target),
+            "mode_coverage": mode_coverage(points, self.target),
+            "mode_width_ratio": mode_width_ratio(points, self.target),
             "energy distance": energy_distance(points, self.fresh, within_y=self.within),
         }
 
@@ -211,7 +211,7 @@ def plot_study(
                 axis.fill_between(steps, mean - sd, mean + sd, color=color, alpha=0.18, linewidth=0)
             if what in study.get("fresh", {}):
                 axis.axhline(band([study["fresh"][what]])[0].mean(), color="#999999", linewidth=0.8)
-            scale = "linear" if what in ("covered", "spread") else "log"
+            scale = "linear" if what in ("mode_coverage", "mode_width_ratio") else "log"
             axis.set(title=what, xlabel="step", yscale=scale)
         axes[0, -1].legend(loc="center left", bbox_to_anchor=(1, 0.5))
         plt.close(figure)
@@ -267,7 +267,10 @@ def run_images(
         rng, words = make_rng(2**31 + record.step), lockstep.text.positive
         change = float(denoising_residual(prior, record.points[name], words, rng).mean())
         error = source_error(record, name, prior)
-        return gradient_norms(record.scores[name]) | {"misfit": change, "source error": error}
+        return gradient_norms(record.scores[name]) | {
+            "denoising_residual": change,
+            "source error": error,
+        }
 
     def study(done: Sequence[int], steps: list[int], series: Series, runs: dict) -> dict[str, Any]:
         images = {name: _png(prior, x) for name, x in runs[done[0]].points.items()}

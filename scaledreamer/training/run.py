@@ -21,7 +21,7 @@ from ..distill.vsd import EstimatorTrainer
 from ..field.scene import DensityScene, Scene
 from ..prior.base import Conditioning, Prior, TextEmbedding
 from .corpora import Prompt
-from .train_settings import LEARNING, MakeGenerator, TrainSettings
+from .train_settings import ESTIMATOR_METHODS, MakeGenerator, TrainSettings
 from .train_settings import build_generator
 from .train_settings import build_prior, check_generator_name, make_estimator
 from .train_settings import method_of
@@ -43,7 +43,7 @@ class Run:
     generator: nn.Module
     step: int = 0  # number of optimiser steps done
     estimator: EstimatorTrainer | None = None  # VSD and ESD only
-    watch: FiniteMonitor = field(default_factory=_monitor, init=False)
+    monitor: FiniteMonitor = field(default_factory=_monitor, init=False)
 
     @property
     def train_prompts(self) -> list[Prompt]:
@@ -73,7 +73,7 @@ def step_conditioning(
         cameras.elevation.flatten(),
         distill.view_prompting,
         distill.negative_prompt,
-        plain=method in LEARNING,
+        plain=method in ESTIMATOR_METHODS,
         nfsd_negative_prompt=distill.nfsd_negative_prompt if method == "nfsd" else None,
         bridge_source_prompt=distill.bridge_source_prompt if method == "bridge" else None,
     )

@@ -175,7 +175,7 @@ def fit_estimator(
     "One step of the estimator on a step's renders; returns its loss, to be logged."
     if estimator is None:
         return {}
-    loss = estimator.step(schedule, latents.detach(), text.plain, camera, rng, fine=finite)
+    loss = estimator.step(schedule, latents.detach(), text.plain, camera, rng, only_if=finite)
     return {"loss_estimator": loss}
 
 # %% ../../nbs/70_training/40_step.ipynb #d1eccd01
@@ -216,14 +216,14 @@ def training_step(run: Run, optimizer: torch.optim.Optimizer, texts: TextEmbeddi
     losses = {settings.method: prescribed_gradient_loss(latents, score.gradient)}
     losses |= regularisers(rendering, weights, is_density_scene(scenes))
     total, grad_norm = compute_gradients(losses, optimizer, generator)
-    finite = run.watch.record(run.step, losses, total, score.gradient.norm(), grad_norm)
-    run.watch.check_if_cheap()
+    finite = run.monitor.record(run.step, losses, total, score.gradient.norm(), grad_norm)
+    run.monitor.check_if_cheap()
     estimator_metrics = fit_estimator(estimator, schedule, latents, text, camera, rng, finite)
     if estimator_metrics:
-        finite = run.watch.record(run.step, estimator_metrics)
+        finite = run.monitor.record(run.step, estimator_metrics)
 
     lr = settings.optim.lr_at(run.step, settings.steps) * generator.lr_scale
     update_weights(optimizer, lr, finite)
     logged = {f"loss_{name}": loss for name, loss in losses.items()} | estimator_metrics
     logged |= step_metrics(score, sample, rendering.opacity)
-    return LazyMetrics(run.watch, logged | {"lr": lr})
+    return LazyMetrics(run.monitor, logged | {"lr": lr})

@@ -56,7 +56,7 @@ def _after_step(run: Run, optimizer: torch.optim.Optimizer) -> None:
     validate = run.step % settings.validate_every == 0
     checkpoint = run.step % settings.checkpoint_every == 0
     if validate or checkpoint:
-        run.watch.flush({})  # raises if a step so far was not finite
+        run.monitor.flush({})  # raises if a step so far was not finite
     if validate:
         validation_picture(run, run.folder / "validation" / f"{run.step:06d}.png")
     if checkpoint:
@@ -159,7 +159,7 @@ def train(
         for _ in train_steps(run, optimizer, on_step, show):
             if stop() or interrupted():
                 break
-        run.watch.flush({})
+        run.monitor.flush({})
         if run.step not in checkpoint_steps(folder / "checkpoints"):
             _save(run, optimizer)
         log_session(run, first, started)
