@@ -33,10 +33,13 @@ def check_part(name: str, value: float, whole: str) -> float:
 
 # %% ../../nbs/10_core/10_settings.ipynb #1ae06be7
 def _plain_number(value: float) -> str:
-    "Short digits: powers of ten from 10^5 on as such, other integers in full."
-    power = round(math.log10(value)) if value >= 1e5 else 0
-    if power and value == 10**power:
-        return f"10^{power}"
+    "Short digits: large powers of ten or two as powers, other integers in full."
+    if value >= 1e5:
+        ten, two = round(math.log10(value)), round(math.log2(value))
+        if value == 10**ten:
+            return f"10^{ten}"
+        if value == 2**two - 1:
+            return f"2^{two} - 1"
     return str(value) if isinstance(value, int) else f"{value:g}"
 
 
@@ -56,9 +59,9 @@ class Interval:
 
     def __str__(self) -> str:
         low, high = _plain_number(self.low), _plain_number(self.high)
-        start = f"above {low}" if self.open in ("low", "both") else f"from {low}"
-        end = f"to below {high}" if self.open in ("high", "both") else f"to {high}"
-        return f"{start} {end}"
+        if self.open in ("low", "both"):
+            return f"above {low} and {'below' if self.open == 'both' else 'up to'} {high}"
+        return f"from {low} to {'below ' if self.open else ''}{high}"
 
 # %% ../../nbs/10_core/10_settings.ipynb #86b44d80
 def _shown(value: Any) -> str:
@@ -77,10 +80,11 @@ def check_range(
     integer: bool = False,
 ) -> None:
     "Raises `UsageError` unless the number, or each number of a tuple, is in the interval."
+    if value is None:
+        return
     several, right = isinstance(value, (tuple, list)), int if integer else Real
     for number in value if several else (value,):
-        fits = isinstance(number, right) and not isinstance(number, bool) and number in interval
-        if number is not None and not fits:
+        if isinstance(number, bool) or not isinstance(number, right) or number not in interval:
             unit = f" ({interval.unit})" if interval.unit else ""
             kind = "integer" if integer else "number"
             kind = f"{kind}s" if several else f"an {kind}" if integer else f"a {kind}"
