@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from scaledreamer.prior.prior_checks import check_prior
 from scaledreamer.core.settings import RunError, UsageError
 from scaledreamer.core.tensors import make_rng, seed_everything
-from scaledreamer.prior.base import classifier_free_guidance, perpendicular, predict_noise_batched
+from scaledreamer.prior.base import predict_noise_batched
+from scaledreamer.prior.guidance import classifier_free_guidance, perpendicular
 from scaledreamer.prior.mixture import MixturePrior
 from scaledreamer.prior.pipelines import quiet, random_pipeline
 from scaledreamer.prior.schedule import NoiseSchedule, scaled_linear

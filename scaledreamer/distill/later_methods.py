@@ -17,7 +17,8 @@ from ..core.tensors import expand_per_item
 from .distill_settings import DEFECTS, DESCRIPTION
 from .gradient import sds_weight
 from .methods import ScoreGradient, apply_cfg, cfg_queries, score_gradient
-from ..prior.base import Conditioning, classifier_free_guidance, predict_noise_batched
+from ..prior.base import Conditioning, predict_noise_batched
+from ..prior.guidance import classifier_free_guidance
 from ..prior.schedule import NoiseSchedule
 
 # %% ../../nbs/35_distill/70_later_methods.ipynb #a1beab3c

@@ -18,7 +18,8 @@ from torch import Tensor
 from ..core.settings import UsageError
 from ..core.tensors import expand_per_item
 from .gradient import Weight, sds_weight
-from ..prior.base import Conditioning, Evaluation, Prior, classifier_free_guidance
+from ..prior.base import Conditioning, Evaluation, Prior
+from ..prior.guidance import classifier_free_guidance
 from ..prior.base import predict_noise_batched
 
 # %% ../../nbs/35_distill/50_methods.ipynb #5ba533af

@@ -15,7 +15,8 @@ from ..core.async_metrics import guarded_step, to_device
 from .estimator import Estimator, predict_with_prior, estimator_loss
 from .gradient import sds_weight
 from .methods import ScoreGradient, apply_cfg, cfg_queries, score_gradient
-from ..prior.base import Conditioning, classifier_free_guidance
+from ..prior.base import Conditioning
+from ..prior.guidance import classifier_free_guidance
 from ..prior.schedule import NoiseSchedule
 
 # %% ../../nbs/35_distill/90_vsd.ipynb #fe3b23f1

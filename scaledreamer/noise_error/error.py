@@ -19,7 +19,8 @@ from torch import Tensor
 
 from ..core.settings import RunError, UsageError, from_json
 from ..core.files import write_json_atomic
-from ..prior.base import Prior, classifier_free_guidance
+from ..prior.base import Prior
+from ..prior.guidance import classifier_free_guidance
 
 # %% ../../nbs/40_noise_error/10_error.ipynb #55681334
 @dataclass(frozen=True)

@@ -18,7 +18,8 @@ from ..camera.poses import FramedCameras, sample_framed
 from ..camera.view_words import view_prompts
 from ..core.settings import UsageError
 from .measure import ImageBatch, image_stream
-from ..prior.base import Prior, classifier_free_guidance, predict_noise_batched
+from ..prior.base import Prior, predict_noise_batched
+from ..prior.guidance import classifier_free_guidance
 from ..toybox.captions import CORPORA, object_of
 from ..toybox.renders import render_object
 
