@@ -155,10 +155,13 @@ def read_regular_file(
 
 
 def read_text_file(
-    path: str | Path, error: type[Exception] = RunError, remedy: str | None = None
+    path: str | Path,
+    error: type[Exception] = RunError,
+    remedy: str | None = None,
+    most: int = MAX_FILE_BYTES,
 ) -> str:
     "The text of a regular file in UTF-8, with or without a byte order mark; line ends as they are."
-    content = read_regular_file(path, error, remedy)
+    content = read_regular_file(path, error, remedy, most)
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as problem:

@@ -28,14 +28,10 @@ class RunError(RuntimeError):
 
 # %% ../../nbs/10_core/10_settings.ipynb #5a1c0e02
 def shorten(value: Any, form: Callable[[Any], str] = repr, most: int = 60) -> str:
-    "A value in a message: of at most `most` characters (a path: 240), in one line."
+    "A value in a message: of at most `most` characters, in one line."
     if isinstance(value, int) and abs(value) >= 10**20:  # thousands of digits cannot be printed
         digits = int(value.bit_length() * math.log10(2)) + 1
         return f"an integer of about {digits} digits"
-    if isinstance(value, Path):
-        text = str(value)
-        text = text if len(text) <= 240 else f"{text[:120]}...{text[-120:]}"
-        return text if text.isprintable() else repr(text)[1:-1]
     try:
         text = form(value)
     except (ValueError, RecursionError):  # long integers inside, deep nesting
