@@ -15,23 +15,16 @@ from jaxtyping import Float
 from torch import Tensor
 
 from .cameras import Cameras, wrap_degrees
-from ..core.settings import UsageError
+from ..core.settings import Interval, UsageError, check_range, check_ranges
+from ..core.settings import check_rising
 
 # %% ../../nbs/20_camera/20_poses.ipynb #7a33025f
 Range = tuple[float, float]  # lowest and highest value
 
 
-def _check(name: str, elevation: Range, fovy: Range, distance: Range = (1.0, 1.0)) -> None:
-    "Raises `UsageError` for ranges that are not increasing or outside their limits."
-    for field, (low, high), least, most in (
-        ("elevation", elevation, -90, 90),
-        ("fovy", fovy, 1, 170),
-        ("distance", distance, 1e-6, 1e6),
-    ):
-        if not least <= low <= high <= most:
-            raise UsageError(
-                f"{name}: {field} range ({low}, {high}) must rise within [{least}, {most}]"
-            )
+_ELEVATION = Interval(-90, 90, unit="degrees")
+_FOVY = Interval(1, 170, unit="degrees")
+_DISTANCE = Interval(1e-3, 1000, unit="world units")
 
 
 def between(u: Float[Tensor, "..."], bounds: Range) -> Float[Tensor, "..."]:
@@ -49,14 +42,17 @@ def between_on_sphere(u: Float[Tensor, "..."], elevation: Range) -> Float[Tensor
 class SingleCameras:
     "Independent cameras: the release's training views for Stable Diffusion."
 
-    elevation: Range = (-10.0, 45.0)  # range of elevations, degrees in [-90, 90]
-    distance: Range = (1.0, 1.5)  # range of distances to the origin, world units, above 0
-    fovy: Range = (40.0, 70.0)  # range of vertical fields of view, degrees in [1, 170]
-    # chance in [0, 1] that a batch's elevations are uniform over the sphere, not in degrees
+    elevation: Range = (-10.0, 45.0)  # lowest and highest elevation, degrees from -90 to 90
+    # smallest and largest distance to the origin, world units, from 0.001 to 1000
+    distance: Range = (1.0, 1.5)
+    fovy: Range = (40.0, 70.0)  # smallest and largest vertical field of view, degrees from 1 to 170
+    # chance, from 0 to 1, that a batch's elevations are uniform over the sphere, not in degrees
     sphere_share: float = 0.5
 
     def __post_init__(self):
-        _check("SingleCameras", self.elevation, self.fovy, self.distance)
+        check_ranges(self, elevation=_ELEVATION, distance=_DISTANCE, fovy=_FOVY)
+        check_ranges(self, sphere_share=Interval(0, 1))
+        check_rising(self, "elevation", "distance", "fovy")
 
 
 def single_cameras(
@@ -90,14 +86,17 @@ def sample_single(
 class RigCameras:
     "Rings of evenly spaced cameras: the release's training views for MVDream."
 
-    elevation: Range = (0.0, 30.0)  # range of elevations, degrees in [-90, 90]
-    distance: Range = (0.8, 1.0)  # range of distances times tan(fovy / 2), world units, above 0
-    fovy: Range = (15.0, 60.0)  # range of vertical fields of view, degrees in [1, 170]
-    sphere_share: float = 0.5  # chance in [0, 1] that a batch takes the second distribution
+    elevation: Range = (0.0, 30.0)  # lowest and highest elevation, degrees from -90 to 90
+    # smallest and largest distance times tan(fovy / 2), world units, from 0.001 to 1000
+    distance: Range = (0.8, 1.0)
+    fovy: Range = (15.0, 60.0)  # smallest and largest vertical field of view, degrees from 1 to 170
+    sphere_share: float = 0.5  # chance, from 0 to 1, that a batch takes the second distribution
     as_released: bool = False  # second distribution of elevations: the release's, or on the sphere
 
     def __post_init__(self):
-        _check("RigCameras", self.elevation, self.fovy, self.distance)
+        check_ranges(self, elevation=_ELEVATION, distance=_DISTANCE, fovy=_FOVY)
+        check_ranges(self, sphere_share=Interval(0, 1))
+        check_rising(self, "elevation", "distance", "fovy")
 
 
 def rig_cameras(
@@ -138,19 +137,17 @@ def framing_distance(
 class FramedCameras:
     "Cameras at a distance that fixes the apparent size of the object."
 
-    elevation: Range = (-10.0, 60.0)  # range of elevations, degrees in [-90, 90]
-    fovy: Range = (40.0, 50.0)  # range of vertical fields of view, degrees in [1, 170]
-    object_radius: float = 0.65  # radius of the sphere that is framed, world units, above 0
-    margin: float = 1.05  # free space around that sphere, a factor of its radius, at least 1
+    elevation: Range = (-10.0, 60.0)  # lowest and highest elevation, degrees from -90 to 90
+    fovy: Range = (40.0, 50.0)  # smallest and largest vertical field of view, degrees from 1 to 170
+    # radius of the sphere that is framed, world units, from 0.001 to 1000
+    object_radius: float = 0.65
+    margin: float = 1.05  # free space around that sphere, a factor of its radius, from 1 to 1000
     rig: bool = False  # place the views of a prompt on one evenly spaced ring
 
     def __post_init__(self):
-        _check("FramedCameras", self.elevation, self.fovy)
-        if self.object_radius <= 0 or self.margin < 1:
-            raise UsageError(
-                f"FramedCameras: object_radius {self.object_radius} must be above 0 "
-                f"and margin {self.margin} at least 1"
-            )
+        check_ranges(self, elevation=_ELEVATION, fovy=_FOVY, object_radius=_DISTANCE)
+        check_ranges(self, margin=Interval(1, 1000))
+        check_rising(self, "elevation", "fovy")
 
 # %% ../../nbs/20_camera/20_poses.ipynb #3b60ffb9
 def framed_cameras(
@@ -215,8 +212,9 @@ def orbit(
     "Evenly spaced cameras from azimuth 0 on, the same for every prompt."
     if views < 1 or prompts < 1:
         raise UsageError(f"orbit: {prompts} prompts x {views} views: expected at least one of each")
-    given = 1.0 if distance is None else distance
-    _check("orbit", (elevation, elevation), (fovy, fovy), (given, given))
+    check_range("elevation", elevation, _ELEVATION)
+    check_range("fovy", fovy, _FOVY)
+    check_range("distance", distance, _DISTANCE)
     turn = torch.arange(views) * (360 / max(views - endpoint, 1))
     flat = lambda value: torch.full((prompts, views), float(value))
     away = framing_distance(flat(fovy)) if distance is None else flat(distance)

@@ -8,7 +8,7 @@ __all__ = ['LossSettings', 'OptimSettings']
 # %% ../../nbs/70_training/15_optim_settings.ipynb #9342bfc9
 from dataclasses import dataclass
 
-from ..core.settings import UsageError
+from ..core.settings import Interval, check_ranges
 from ..distill.timesteps import LinearSchedule
 
 # %% ../../nbs/70_training/15_optim_settings.ipynb #4fbf4c57
@@ -16,14 +16,21 @@ from ..distill.timesteps import LinearSchedule
 class LossSettings:
     "Weights of the losses added to the distillation loss, with the release's schedules."
 
-    # weight of the sparsity loss, which keeps opacity low, at least 0
+    # weight of the sparsity loss, which keeps opacity low, from 0 to 10^6
     sparsity: float = 20.0
-    # last weight of the opaque loss, reached linearly over the last fifth of the run, at least 0
+    # last weight of the opaque loss, reached linearly over the last fifth of the run, from 0 to
+    # 10^6
     opaque: float = 10.0
-    # first weight of the eikonal loss (gradient of the signed distance has length 1), at least 0
+    # first weight of the eikonal loss (gradient of the signed distance has length 1), from 0 to
+    # 10^6
     eikonal_start: float = 0.1
-    # last weight of the eikonal loss, reached linearly over the first tenth of the run, at least 0
+    # last weight of the eikonal loss, reached linearly over the first tenth of the run, from 0 to
+    # 10^6
     eikonal: float = 0.1
+
+    def __post_init__(self) -> None:
+        weight = Interval(0, 10**6)
+        check_ranges(self, sparsity=weight, opaque=weight, eikonal_start=weight, eikonal=weight)
 
     def at(self, step: int, steps: int) -> dict[str, float]:
         "The weight of each regulariser at a step."
@@ -36,22 +43,27 @@ class LossSettings:
 class OptimSettings:
     "Adam with a warm-up, and a decay of the learning rate over the second half of the run."
 
-    # learning rate of Adam between warm-up and decay, above 0
+    # learning rate of Adam between warm-up and decay, above 0 and up to 10
     lr: float = 3e-3
-    # decay rates of Adam's averages of the gradient and of its square, each 0 to below 1
+    # decay rates of Adam's averages of the gradient and of its square, from 0 to below 1
     betas: tuple[float, float] = (0.0, 0.99)
-    # number added to the denominator of Adam's update, above 0
+    # number added to the denominator of Adam's update, above 0 and up to 1
     eps: float = 1e-8
-    # number of steps over which the learning rate rises to its full value; 0 or 1: none
+    # number of steps over which the learning rate rises to its full value, from 0 to 10^8; 0 or 1:
+    # none
     warmup: int = 20
-    # learning rate at the last step as a factor on the full one; 1: no decay
+    # learning rate at the last step as a factor on the full one, from 0 to 10; 1: no decay
     final_lr_factor: float = 0.1
 
     def __post_init__(self) -> None:
-        if not self.lr > 0:
-            raise UsageError(f"lr is {self.lr}: expected a number above 0")
-        if not all(0 <= beta < 1 for beta in self.betas):
-            raise UsageError(f"betas are {self.betas}: expected two numbers from 0 to below 1")
+        check_ranges(
+            self,
+            lr=Interval(0, 10, "low"),
+            betas=Interval(0, 1, "high"),
+            eps=Interval(0, 1, "low"),
+            warmup=Interval(0, 10**8, unit="steps"),
+            final_lr_factor=Interval(0, 10),
+        )
 
     def lr_at(self, step: int, steps: int) -> float:
         "The learning rate at a step."
