@@ -16,7 +16,7 @@ from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from torch import Tensor
 
-from ..core.settings import UsageError
+from ..core.settings import Interval, UsageError, check_ranges
 from .base import Rows
 from .pipelines import quiet
 
@@ -33,6 +33,13 @@ class PriorSettings:
     shared_text: bool = False  # compute cross-attention's keys and values once per distinct text
     # recompute the activations of an AutoencoderKL encoder in backward, to save memory
     vae_checkpoint: bool = False
+    # of the weight files, e.g. fp16; null: the plain files, or the only ones that there are
+    variant: str | None = None
+    lora: str | None = None  # a LoRA of the U-Net, added to its weights: a file, a folder or a hub id
+    lora_scale: float = 1.0  # factor of the LoRA
+
+    def __post_init__(self) -> None:
+        check_ranges(self, lora_scale=Interval(-10, 10))
 
     def dtype_on(self, device: str | torch.device) -> torch.dtype:
         "Precision of the networks. Raises `UsageError` for settings that the device cannot run."
