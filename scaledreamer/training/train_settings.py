@@ -51,6 +51,8 @@ class TrainSettings:
     # 2D diffusion model: tiny-sd, mixture, or the folder or hub id of a Stable Diffusion
     prior: str = "tiny-sd"
     corpus: str = "toybox-15"  # prompts: toybox-15, toybox-800, or a .json or .txt file
+    # prompts themselves, in place of a corpus: --prompt "a red car" "a blue house"
+    prompt: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
     # text-to-3D network: hyper-ingp, conv3d, triplane or ingp, their -paper sizes, conv3d-paper-2
     # or ingp-density
     generator: str = "hyper-ingp"
