@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MAX_FILE_BYTES', 'MAX_JSON_DEPTH', 'WriteError', 'obstacle', 'writing', 'replacing', 'write_atomic',
-           'write_json_atomic', 'shown_path', 'read_regular_file', 'read_text_file', 'parse_json', 'read_json',
-           'json_lines', 'split_json_lines', 'read_json_lines']
+           'write_json_atomic', 'shown_path', 'regular_file', 'read_regular_file', 'read_text_file', 'parse_json',
+           'read_json', 'json_lines', 'split_json_lines', 'read_json_lines']
 
 # %% ../../nbs/10_core/20_files.ipynb #e25d92a5
 import errno
@@ -129,31 +129,51 @@ def _fault(path: Path, most: int) -> tuple[str, str] | None:
     return None
 
 # %% ../../nbs/10_core/20_files.ipynb #ef716202
-def read_regular_file(
+def _unreadable(problem: Exception) -> tuple[str, str]:  # the cause, the remedy
+    if isinstance(problem, ValueError):
+        return "no path contains a null character", "choose another path"
+    cause, remedy = obstacle(problem)
+    denied = getattr(problem, "errno", None) in (errno.EACCES, errno.EPERM)
+    return cause, "allow yourself to read it" if denied else remedy
+
+
+def regular_file(
     path: str | Path,
     error: type[Exception] = RunError,  # its class: UsageError for a file that the user names
     remedy: str | None = None,  # what to do, in place of the remedy for the cause
+    most: int = 1 << 62,  # bytes
+) -> Path:
+    "`path`, if it is a regular file that can be read. Raises `error` otherwise, and never waits."
+    try:
+        fault = _fault(Path(path), most)
+        if fault is None:
+            open(path, "rb").close()
+            return Path(path)
+    except (OSError, ValueError) as problem:
+        fault = _unreadable(problem)
+    raise error(f"{shown_path(path)} cannot be read ({fault[0]}): {remedy or fault[1]}")
+
+
+def read_regular_file(
+    path: str | Path,
+    error: type[Exception] = RunError,
+    remedy: str | None = None,
     most: int = MAX_FILE_BYTES,
 ) -> bytes:
     "The content of a regular file. Raises `error` for anything else, and never waits."
     try:
-        fault = _fault(Path(path), most)
-        if fault is None:
-            with open(path, "rb") as file:
-                content = file.read(most + 1)
-            if len(content) <= most:
-                return content
-            fault = f"it is larger than {most / 1e6:,.0f} MB", "give a smaller file"
+        with open(regular_file(path, error, remedy, most), "rb") as file:
+            content = file.read(most + 1)
+        if len(content) <= most:
+            return content
+        fault = f"it is larger than {most / 1e6:,.0f} MB", "give a smaller file"
     except OSError as problem:
-        fault = obstacle(problem)
-        if problem.errno in (errno.EACCES, errno.EPERM):
-            fault = fault[0], "allow yourself to read it"
-    except ValueError:
-        fault = "no path contains a null character", "choose another path"
-    cause, usual = fault
-    raise error(f"{shown_path(path)} cannot be read ({cause}): {remedy or usual}")
+        if isinstance(problem, error):
+            raise
+        fault = _unreadable(problem)
+    raise error(f"{shown_path(path)} cannot be read ({fault[0]}): {remedy or fault[1]}")
 
-
+# %% ../../nbs/10_core/20_files.ipynb #5a1c0e12
 def read_text_file(
     path: str | Path,
     error: type[Exception] = RunError,

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MAX_YAML_BYTES', 'parse_yaml', 'read_yaml']
 
-# %% ../../nbs/10_core/25_yaml_files.ipynb #f5ac0bbb
+# %% ../../nbs/10_core/25_yaml_files.ipynb #42b86084
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ import yaml
 from .files import MAX_JSON_DEPTH, _check_content, read_text_file, shown_path
 from .settings import RunError, shorten
 
-# %% ../../nbs/10_core/25_yaml_files.ipynb #effe67cb
+# %% ../../nbs/10_core/25_yaml_files.ipynb #4b99c503
 MAX_YAML_BYTES = 1 << 24  # reading takes seconds per 10 MB
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the same in C, where it is installed
 
@@ -30,7 +30,7 @@ def _check_yaml(text: str) -> None:
         if depth > MAX_JSON_DEPTH:
             raise ValueError(f"it is nested more than {MAX_JSON_DEPTH} deep")
 
-# %% ../../nbs/10_core/25_yaml_files.ipynb #76d8ba8b
+# %% ../../nbs/10_core/25_yaml_files.ipynb #a3d8414c
 def parse_yaml(text: str) -> Any:
     "The value of a YAML text. Raises `ValueError`, whose message is the cause."
     try:
@@ -49,7 +49,7 @@ def parse_yaml(text: str) -> Any:
     except (ValueError, TypeError, OverflowError, RecursionError) as error:
         raise ValueError(shorten(error, str, 80)) from None
 
-# %% ../../nbs/10_core/25_yaml_files.ipynb #f19b1988
+# %% ../../nbs/10_core/25_yaml_files.ipynb #20897b31
 def read_yaml(
     path: str | Path,
     error: type[Exception] = RunError,  # its class: UsageError for a file that the user names
