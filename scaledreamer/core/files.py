@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MAX_FILE_BYTES', 'MAX_JSON_DEPTH', 'WriteError', 'obstacle', 'writing', 'replacing', 'write_atomic',
-           'write_json_atomic', 'shown_path', 'regular_file', 'read_regular_file', 'read_text_file', 'parse_json',
+           'write_json_atomic', 'shown_path', 'read_regular_file', 'check_regular_file', 'read_text_file', 'parse_json',
            'read_json', 'json_lines', 'split_json_lines', 'read_json_lines']
 
 # %% ../../nbs/10_core/20_files.ipynb #e25d92a5
@@ -129,49 +129,42 @@ def _fault(path: Path, most: int) -> tuple[str, str] | None:
     return None
 
 # %% ../../nbs/10_core/20_files.ipynb #ef716202
-def _unreadable(problem: Exception) -> tuple[str, str]:  # the cause, the remedy
-    if isinstance(problem, ValueError):
-        return "no path contains a null character", "choose another path"
-    cause, remedy = obstacle(problem)
-    denied = getattr(problem, "errno", None) in (errno.EACCES, errno.EPERM)
-    return cause, "allow yourself to read it" if denied else remedy
-
-
-def regular_file(
-    path: str | Path,
-    error: type[Exception] = RunError,  # its class: UsageError for a file that the user names
-    remedy: str | None = None,  # what to do, in place of the remedy for the cause
-    most: int = 1 << 62,  # bytes
-) -> Path:
-    "`path`, if it is a regular file that can be read. Raises `error` otherwise, and never waits."
+def _read(
+    path: str | Path, error: type[Exception], remedy: str | None, most: int, amount: int
+) -> bytes:
+    "The first `amount` bytes of a regular file of at most `most` bytes; raises `error` otherwise."
     try:
         fault = _fault(Path(path), most)
         if fault is None:
-            open(path, "rb").close()
-            return Path(path)
-    except (OSError, ValueError) as problem:
-        fault = _unreadable(problem)
+            with open(path, "rb") as file:
+                content = file.read(amount)
+            if len(content) <= most:
+                return content
+            fault = f"it is larger than {most / 1e6:,.0f} MB", "give a smaller file"
+    except OSError as problem:
+        denied = problem.errno in (errno.EACCES, errno.EPERM)
+        fault = (
+            obstacle(problem)[0],
+            "allow yourself to read it" if denied else obstacle(problem)[1],
+        )
+    except ValueError:
+        fault = "no path contains a null character", "choose another path"
     raise error(f"{shown_path(path)} cannot be read ({fault[0]}): {remedy or fault[1]}")
 
 
 def read_regular_file(
     path: str | Path,
-    error: type[Exception] = RunError,
-    remedy: str | None = None,
+    error: type[Exception] = RunError,  # its class: UsageError for a file that the user names
+    remedy: str | None = None,  # what to do, in place of the remedy for the cause
     most: int = MAX_FILE_BYTES,
 ) -> bytes:
     "The content of a regular file. Raises `error` for anything else, and never waits."
-    try:
-        with open(regular_file(path, error, remedy, most), "rb") as file:
-            content = file.read(most + 1)
-        if len(content) <= most:
-            return content
-        fault = f"it is larger than {most / 1e6:,.0f} MB", "give a smaller file"
-    except OSError as problem:
-        if isinstance(problem, error):
-            raise
-        fault = _unreadable(problem)
-    raise error(f"{shown_path(path)} cannot be read ({fault[0]}): {remedy or fault[1]}")
+    return _read(path, error, remedy, most, most + 1)
+
+
+def check_regular_file(path: str | Path, error: type[Exception] = RunError) -> None:
+    "Raises `error` unless `path` is a regular file, of any size, that can be read."
+    _read(path, error, None, 1 << 62, 1)
 
 # %% ../../nbs/10_core/20_files.ipynb #5a1c0e12
 def read_text_file(
