@@ -16,10 +16,10 @@ from typing import Any, Protocol, Self, runtime_checkable
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from ..core.settings import RunError, UsageError
 from ..core.files import write_atomic
+from ..core.progress import progress_bar
 from ..core.tensors import make_rng
 from .error import ErrorCurve, Predict, check_timesteps, noise_errors
 from ..prior.base import Prior
@@ -196,7 +196,7 @@ def measure_curve(
     stream = stream_errors(prior, images, t, predict, guidance, seed, rows, max(done - 1, 0))
     with (
         open(partial, "a", encoding="utf-8") if partial else nullcontext() as file,
-        tqdm(total=len(images), initial=done, desc=label, disable=not show) as bar,
+        progress_bar(total=len(images), initial=done, desc=label, show=show) as bar,
     ):
         try:
             for i, text, errors in stream:

@@ -14,8 +14,8 @@ from zlib import crc32
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from tqdm.auto import tqdm
 
+from ..core.progress import progress_bar
 from ..camera.cameras import Cameras
 from ..camera.poses import framing_distance
 from ..camera.view_words import AZIMUTHS, ELEVATIONS, STEP, view_prompts
@@ -68,7 +68,7 @@ def toybox_mixture(
     """The exact prior over renders of `prompts`, with views in words or in tokens.
     Raises `UsageError` for prompts outside the Toybox grammar."""
     found: dict[str, tuple[Tensor, Tensor]] = {}
-    for prompt in tqdm(prompts, desc="renders of the mixture", disable=not show):
+    for prompt in progress_bar(prompts, desc="renders of the mixture", show=show):
         try:
             found |= cut_out(prompt, "words" if mode == "words" else "tokens", each, size, seed)
         except ValueError as error:

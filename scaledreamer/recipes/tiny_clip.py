@@ -18,9 +18,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.functional import affine_grid, cross_entropy, grid_sample, interpolate
 from torch.nn.functional import log_softmax, normalize
-from tqdm.auto import tqdm
 
 from ..core.files import write_json_atomic
+from ..core.progress import progress_bar
 from ..toybox.captions import CAPTION
 from ..toybox.objects import COLORS, SHAPES
 from ..toybox.render_sets import RenderSet, make_renders
@@ -129,7 +129,7 @@ def train_clip(
     )
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.1)
     model.train()
-    for _ in (bar := tqdm(range(steps), desc="tiny-clip", disable=not show)):
+    for _ in (bar := progress_bar(range(steps), desc="tiny-clip", show=show)):
         rows = [choice.randrange(len(renders)) for _ in range(batch)]
         captions = [renders.notes[row][0] for row in rows]
         distractors = [distractor(c, choice) for c in captions for _ in range(2)]

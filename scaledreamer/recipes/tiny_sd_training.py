@@ -19,11 +19,11 @@ from diffusers import UNet2DConditionModel
 from jaxtyping import Float, Int
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from ..camera.view_words import view_prompts
 from ..core.files import write_json_atomic
+from ..core.progress import progress_bar
 from ..core.settings import UsageError
 from .tiny_sd import SCALING, WINDOW, make_autoencoder, make_scheduler
 from .tiny_sd import make_text_encoder, make_tokenizer, make_unet
@@ -218,7 +218,7 @@ def train_decoder(
     choice, rng = random.Random(seed), torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(vae.decoder.parameters(), fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps)
-    for _ in (bar := tqdm(range(steps), desc="decoder", disable=not show)):
+    for _ in (bar := progress_bar(range(steps), desc="decoder", show=show)):
         images = renders.batch([choice.randrange(len(renders)) for _ in range(batch)], rng)
         with torch.no_grad():
             z = vae.encode(images).latents
@@ -282,7 +282,7 @@ def make_tiny_sd(
     tiny = TinyTraining(renders, vae, settings)
     if (folder / "state.json").exists():
         load_training(tiny, folder)
-    with tqdm(total=settings.steps, initial=tiny.done, desc="tiny-sd", disable=not show) as bar:
+    with progress_bar(total=settings.steps, initial=tiny.done, desc="tiny-sd", show=show) as bar:
         while tiny.done < settings.steps:
             bar.set_postfix(loss=f"{tiny.step():.4f}", refresh=False)
             bar.update()

@@ -15,8 +15,8 @@ from typing import Self
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
+from ..core.progress import progress_bar
 from ..core.settings import RunError, UsageError
 from ..core.tensors import step_rng
 from ..distill.conditioning import make_conditioning
@@ -265,7 +265,7 @@ class Lockstep(LockstepState):
     ) -> Self:
         "Take `steps` more steps. A keyboard interrupt ends the run early and keeps all frames."
         with suppress(KeyboardInterrupt):
-            for _ in tqdm(range(steps), desc="lock-step", disable=not show):
+            for _ in progress_bar(range(steps), desc="lock-step", show=show):
                 record = self.step()
                 if on_step:
                     on_step(record)

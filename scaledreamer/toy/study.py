@@ -21,11 +21,11 @@ from jaxtyping import Float
 from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from ..core.figures import PALETTE, figure_style, image_grid
 from ..core.settings import UsageError
 from ..core.files import write_json_atomic
+from ..core.progress import progress_bar
 from ..core.tensors import make_rng, machine
 from ..distill.methods import Method
 from ..distill.shift import ShiftSchedule
@@ -71,7 +71,7 @@ def run_seeds(
     if not seeds:
         raise UsageError("there are 0 seeds: give at least one")
     series, runs, steps = {}, {}, []
-    for seed in tqdm(seeds, desc="seeds", disable=not show):
+    for seed in progress_bar(seeds, desc="seeds", show=show):
         runs[seed] = make(seed)
         steps, found = measure_run(runs[seed], look, every)
         for name, rows in found.items():

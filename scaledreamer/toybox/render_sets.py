@@ -14,10 +14,10 @@ import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from ..camera.poses import FramedCameras, sample_framed
 from ..core.files import write_json_atomic
+from ..core.progress import progress_bar
 from .captions import object_of, random_caption
 from .renders import render_object
 
@@ -39,7 +39,7 @@ def make_renders(folder: Path, count: int, seed: int, views: int = 10, show: boo
         dtype=np.uint8,
         shape=(count, RENDER_SIZE, RENDER_SIZE, 4),
     )
-    for first in tqdm(range(len(done), count, views), desc="renders", disable=not show):
+    for first in progress_bar(range(len(done), count, views), desc="renders", show=show):
         number = first // views
         choice = random.Random(seed * 1_000_003 + number)
         rng = torch.Generator().manual_seed(seed * 1_000_003 + number)

@@ -15,12 +15,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from tqdm.auto import tqdm
 
 from ..camera.poses import orbit, sample_cameras
 from ..core.async_metrics import LazyMetrics
 from ..core.figures import image_grid
 from ..core.files import replacing
+from ..core.progress import progress_bar
 from ..core.settings import RunError, UsageError
 from ..core.tensors import best_device, devices, step_rng
 from ..rendering.render_memory import render_bytes
@@ -72,8 +72,8 @@ def train_steps(
     "The remaining steps, with metrics, pictures and checkpoints; yields the number of steps done."
     settings = run.settings
     texts = run.prior.encode_text([prompt.text for prompt in run.train_prompts])
-    options = {"desc": settings.method, "disable": not show, "mininterval": 0.5}
-    with tqdm(total=settings.steps, initial=run.step, **options) as bar:
+    steps, method = settings.steps, settings.method
+    with progress_bar(total=steps, initial=run.step, desc=method, show=show) as bar:
         while run.step < settings.steps:
             metrics = training_step(run, optimizer, texts)
             if run.step % settings.log_every == 0:
