@@ -7,11 +7,12 @@ __all__ = ['Prompt', 'number_prompts', 'read_texts', 'load_corpus', 'write_manif
 
 # %% ../../nbs/70_training/10_corpora.ipynb #b4f81add
 import json
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..core.files import write_atomic
+from ..core.files import json_lines, read_json_lines, write_atomic
 from ..core.settings import RunError, UsageError
 from ..toybox.captions import CORPORA
 
@@ -100,19 +101,28 @@ def load_corpus(name_or_path: str) -> tuple[Prompt, ...]:
 # %% ../../nbs/70_training/10_corpora.ipynb #ce294fc4
 def write_manifest(path: Path, prompts: Iterable[Prompt]) -> None:
     "Write prompts as JSON lines, atomically."
-    lines = [json.dumps(vars(prompt), ensure_ascii=False) + "\n" for prompt in prompts]
-    write_atomic(path, "".join(lines))
+    write_atomic(path, json_lines(vars(prompt) for prompt in prompts))
+
+
+def _is_prompt(row: dict) -> bool:
+    keys = {"id", "text", "split"}
+    return (
+        {"id", "text"} <= row.keys() <= keys
+        and all(isinstance(value, str) for value in row.values())
+        and bool(re.fullmatch(r"\w[\w.-]*", row["id"]))  # it names folders and files
+        and bool(row["text"].strip())
+    )
 
 
 def read_manifest(path: Path) -> tuple[Prompt, ...]:
     "The prompts of a run. Raises `RunError` for a missing or damaged file."
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-        if not lines:
-            raise ValueError("no prompt in it")
-        return tuple(Prompt(**json.loads(line)) for line in lines)
-    except (OSError, ValueError, TypeError) as error:
-        raise RunError(
-            f"{path} is missing or damaged ({type(error).__name__}): "
-            "the folder is no run, or its start was interrupted"
-        ) from None
+    rows = read_json_lines(path, remedy=(remedy := "put it back from a copy, or train anew"))
+    ids = [row["id"] for row in rows if _is_prompt(row)]
+    wrong = next((f"line {i} is no prompt" for i, r in enumerate(rows, 1) if not _is_prompt(r)), "")
+    if not wrong and len(set(ids)) < len(ids):
+        wrong = "two prompts have one id"
+    if not wrong and "train" not in [row.get("split", "train") for row in rows]:
+        wrong = "no prompt to train on is in it"
+    if wrong:
+        raise RunError(f"{path} is damaged ({wrong}): {remedy}")
+    return tuple(Prompt(**row) for row in rows)
