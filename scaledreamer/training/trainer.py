@@ -26,10 +26,11 @@ from ..core.tensors import best_device, devices, step_rng
 from ..rendering.render_memory import render_bytes
 from ..rendering.volume import render_views
 from .checkpoints import checkpoint_steps, load_checkpoint, save_checkpoint
-from .corpora import load_corpus, read_manifest
+from .corpora import read_manifest
 from .run import Run, build
 from .run_folder import append_row, check_run_folder, log_session, start_folder
 from .run_folder import truncate_metrics
+from .run_prompts import training_prompts
 from .step import make_scenes, step_prompts, training_step
 from .train_settings import GENERATORS, MakeGenerator, TrainSettings
 from .train_settings import read_settings
@@ -146,7 +147,7 @@ def train(
     checkpoint before it is raised."""
     folder, started = Path(folder), time.monotonic()
     settings = replace(settings, device=str(best_device(settings.device)))
-    prompts = load_corpus(settings.corpus)
+    prompts = training_prompts(settings)
     check_run_folder(folder, settings, prompts, resume)
     run = build(folder, settings, prompts, make_generator)
     start_folder(run)

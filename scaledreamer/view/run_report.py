@@ -27,6 +27,7 @@ from ..training.corpora import Prompt
 from ..toybox.renders import render_object
 from ..training.run import Run
 from ..training.run_folder import read_rows
+from ..training.run_prompts import corpus_name
 from .mesh import extract_mesh, save_mesh
 from .turntable import turntable_frames
 
@@ -170,7 +171,7 @@ def describe_run(run: Run, left_out: int) -> str:
     s = run.settings
     more = f" {left_out} more prompts are in eval.json." if left_out else ""
     return (
-        f"{s.generator} on {Path(s.corpus).stem} ({len(run.train_prompts)} prompts) by {s.method} "
+        f"{s.generator} on {corpus_name(s)} ({len(run.train_prompts)} prompts) by {s.method} "
         f"from {Path(s.prior).name}: step {run.step} of {s.steps}, seed {s.seed}. "
         f"For each prompt, {REPORT_VIEWS} views of what was learnt; below them the true object, "
         f"where it is known.{more}"
