@@ -72,8 +72,8 @@ class Cameras:
             self.fovy.to(device),
         )
 
-    def __getitem__(self, prompts: slice | list[int] | Tensor) -> "Cameras":
-        "The cameras of a subset of the prompts."
+    def __getitem__(self, prompts: slice | list[int] | Tensor | tuple[slice, slice]) -> "Cameras":
+        "The cameras of a subset of the prompts, or of prompts and views."
         return Cameras(
             self.elevation[prompts],
             self.azimuth[prompts],

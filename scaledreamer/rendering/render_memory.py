@@ -44,6 +44,18 @@ def measure_render_bytes(
     return held.peak, count
 
 # %% ../../nbs/55_rendering/90_render_memory.ipynb #3bac409c
+_SAMPLES = 1 << 21  # of a render that is measured, at most: a few hundred MB
+
+
+def _measured_sides(
+    images: int, settings: RenderSettings, small: tuple[int, int]
+) -> tuple[int, int]:
+    "The sides in `small`, or smaller ones with which a render has at most `_SAMPLES` samples."
+    most = int((_SAMPLES / (images * (settings.samples + settings.proposal_probes))) ** 0.5)
+    other = max(4, min(small[1], most))
+    return min(small[0], max(2, 3 * other // 5)), other
+
+
 def render_bytes(
     make: MakeScene,
     weights: Sequence[Tensor],
@@ -53,16 +65,18 @@ def render_bytes(
     small: tuple[int, int] = (24, 40),  # sides of the renders that are measured
 ) -> int:
     "Predicted peak bytes of a render with its backward pass, from small renders of the scenes."
-    free, (one, other) = replace(settings, train_rays_per_chunk=None), small
-    low, few = measure_render_bytes(make, weights, cameras, one, free)
-    high, many = measure_render_bytes(make, weights, cameras, other, free)
+    free, seen = replace(settings, train_rays_per_chunk=None), cameras[:, :8]
+    one, other = _measured_sides(seen.elevation.numel(), settings, small)
+    low, few = measure_render_bytes(make, weights, seen, one, free)
+    high, many = measure_render_bytes(make, weights, seen, other, free)
     if many <= few:
         return high  # the cameras see nothing
-    per_ray, rays = (high - low) / (many - few), many * (side / other) ** 2
+    more = cameras.shape[1] / seen.shape[1]
+    per_ray, rays = (high - low) / (many - few), many * more * (side / other) ** 2
     limit = settings.train_rays_per_chunk
     if limit is None or rays <= limit:
         return int(low + per_ray * (rays - few))
     chunked = replace(settings, train_rays_per_chunk=few)
-    peak, _ = measure_render_bytes(make, weights, cameras, other, chunked)
+    peak, _ = measure_render_bytes(make, weights, seen, other, chunked)
     beside = (peak - low) / (many - few)
     return int(low + beside * (rays - few) + (per_ray - beside) * (limit - few))
