@@ -44,6 +44,7 @@ class Run:
     step: int = 0  # number of optimiser steps done
     estimator: EstimatorTrainer | None = None  # VSD and ESD only
     monitor: FiniteMonitor = field(default_factory=_monitor, init=False)
+    renders_bytes: int | None = field(default=None, init=False)  # of a step; None: not estimated yet
 
     @property
     def train_prompts(self) -> list[Prompt]:
