@@ -128,7 +128,7 @@ class PointMeasures:
         return {
             "mode_coverage": mode_coverage(points, self.target),
             "mode_width_ratio": mode_width_ratio(points, self.target),
-            "energy distance": energy_distance(points, self.fresh, within_y=self.within),
+            "energy distance": energy_distance(points, self.fresh, True, self.within),
         }
 
     def of_step(self, lockstep: Lockstep, record: StepRecord, name: str) -> dict[str, float | None]:
@@ -184,17 +184,21 @@ def run_points(
 
 # %% ../../nbs/45_toy/70_study.ipynb #0ba9d620
 def band(rows: list[list[float | None]]) -> tuple[np.ndarray, np.ndarray]:
-    "Mean and standard deviation over seeds at each step; NaN where no seed has a value."
+    """Mean and standard deviation (ddof = 1) over seeds at each step, of the seeds with a value.
+    NaN where there is none, or for the deviation of one."""
     values = np.ma.masked_invalid(np.array(rows, float))
-    return values.mean(0).filled(np.nan), values.std(0).filled(np.nan)
+    mean, count = values.mean(0), values.count(0)
+    square = ((values - mean) ** 2).sum(0) / np.ma.masked_less(count - 1, 1)
+    return mean.filled(np.nan), np.ma.sqrt(square).filled(np.nan)
 
 
 def plot_study(
     study: dict[str, Any], figures: Sequence[str] | None = None, width: float = 2.5
 ) -> Figure:
-    """One panel per measure: the mean over seeds, with a band of one standard deviation.
+    """One panel per measure: the mean over seeds, with a band of one standard deviation (ddof = 1).
 
-    Measures that span decades have log axes; a grey line is the value of fresh data.
+    Measures that span decades have log axes; a grey line is the mean of fresh data. One seed has no
+    band; the number of seeds is in the label of the axis.
     """
     methods = study["methods"]
     known = list(next(iter(methods.values()))["series"])
@@ -211,8 +215,12 @@ def plot_study(
                 axis.fill_between(steps, mean - sd, mean + sd, color=color, alpha=0.18, linewidth=0)
             if what in study.get("fresh", {}):
                 axis.axhline(band([study["fresh"][what]])[0].mean(), color="#999999", linewidth=0.8)
-            scale = "linear" if what in ("mode_coverage", "mode_width_ratio") else "log"
-            axis.set(title=what, xlabel="step", yscale=scale)
+            seeds = f"{len(study['seeds'])} seeds" if len(study["seeds"]) > 1 else "one seed"
+            axis.set(title=what, xlabel=f"step ({seeds})")
+            if what == "energy distance":  # unbiased, so it may be negative
+                axis.set_yscale("symlog", linthresh=0.01)
+            elif what not in ("mode_coverage", "mode_width_ratio"):
+                axis.set_yscale("log")
         axes[0, -1].legend(loc="center left", bbox_to_anchor=(1, 0.5))
         plt.close(figure)
     return figure
