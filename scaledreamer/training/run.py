@@ -44,7 +44,7 @@ class Run:
     step: int = 0  # number of optimiser steps done
     estimator: EstimatorTrainer | None = None  # VSD and ESD only
     monitor: FiniteMonitor = field(default_factory=_monitor, init=False)
-    renders_bytes: int | None = field(default=None, init=False)  # of a step; None: not estimated yet
+    step_render_bytes: int | None = field(default=None, init=False)  # estimated when asked for
 
     @property
     def train_prompts(self) -> list[Prompt]:
