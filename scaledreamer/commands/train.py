@@ -57,7 +57,8 @@ class Train:
 def train_and_evaluate(options: Train) -> str:
     "Train, print the metrics of the result, and return the line that names the run folder."
     from scaledreamer.commands.evaluate import ClipScorer, evaluate_run, summary
-    from scaledreamer.training.trainer import memory_line, train
+    from scaledreamer.training.memory import memory_line
+    from scaledreamer.training.trainer import train
 
     settings, folder = options.settings, options.folder
     scorer = None
