@@ -13,10 +13,10 @@ from typing import Annotated, Literal
 
 import tyro
 
-from .shared import Stopped
+from .shared import Stopped, check_place
 from ..core.settings import UsageError
 from ..core.tensors import best_device
-from ..training.corpora import load_corpus
+from ..training.run_prompts import corpus_name, training_prompts
 from ..training.train_settings import TrainSettings
 
 # %% ../../nbs/90_commands/34_train.ipynb #c5f467a1
@@ -27,7 +27,8 @@ class Train:
     settings: Annotated[TrainSettings, tyro.conf.arg(name="")] = field(
         default_factory=TrainSettings
     )
-    out: Path | None = None  # run folder to write; None: runs/CORPUS-GENERATOR-METHOD-SEED
+    # run folder to write; None: runs/CORPUS-GENERATOR-METHOD-SEED, with the words of --prompt
+    out: Path | None = None
     resume: bool = False  # continue the run in the folder from its last checkpoint
     # preset whose settings are the defaults of the other options
     preset: Literal["toybox", "paper"] = "toybox"
@@ -43,7 +44,7 @@ class Train:
     @property
     def folder(self) -> Path:
         s = self.settings
-        name = f"{Path(s.corpus).stem}-{s.generator}-{s.method}-{s.seed}"
+        name = f"{corpus_name(s)}-{s.generator}-{s.method}-{s.seed}"
         return self.out or Path("runs") / name
 
     def load(self) -> None:
@@ -61,10 +62,11 @@ def train_and_evaluate(options: Train) -> str:
     from scaledreamer.training.trainer import train
 
     settings, folder = options.settings, options.folder
+    check_place(folder, "--out")
     scorer = None
     if options.eval_views:
         scorer = ClipScorer.load(device=best_device(settings.device))
-        scorer.check([prompt.text for prompt in load_corpus(settings.corpus)])
+        scorer.check([prompt.text for prompt in training_prompts(settings)])
     if options.resume and not folder.exists():
         print(f"nothing to resume in {folder}: starting anew", file=sys.stderr)
     try:
