@@ -168,7 +168,8 @@ except AttributeError as error: assert "no attribute 'nothing'" in str(error)
 
 def test_no_module_without_a_notebook():
     modules = {".".join(path.relative_to(ROOT).with_suffix("").parts) for path in LIB.rglob("*.py")}
-    assert {m for m in modules if not m.endswith(("__init__", "._modidx"))} == set(ROOMS)
+    plain = ("__init__", "._modidx", "scaledreamer.__main__")  # `python -m scaledreamer`
+    assert {m for m in modules if not m.endswith(plain)} == set(ROOMS)
 
 
 # the notebooks
@@ -319,7 +320,7 @@ def differing(one: dict[str, bytes], other: dict[str, bytes]) -> list[str]:
 def fresh(tmp_path_factory) -> Path:
     "A copy of the notebooks alone, cleaned and exported."
     folder = tmp_path_factory.mktemp("fresh") / "repository"
-    for path in [*NOTEBOOKS, ROOT / "settings.ini", LIB / "__init__.py"]:
+    for path in [*NOTEBOOKS, ROOT / "settings.ini", LIB / "__init__.py", LIB / "__main__.py"]:
         target = folder / path.relative_to(ROOT)
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(path, target)
