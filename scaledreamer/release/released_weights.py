@@ -4,26 +4,25 @@
 
 # %% auto #0
 __all__ = ['GeneratorSettings', 'RELEASES', 'RELEASE_PRESETS', 'Release', 'recognise', 'ReleasedSettings', 'left_over',
-           'to_words', 'our_name', 'match_names', 'beta_of', 'Imported', 'check_values', 'import_weights']
+           'to_words', 'our_name', 'match_names']
 
 # %% ../../nbs/65_release/30_released_weights.ipynb #17c776cd
-import math
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, fields
-from pathlib import Path
+from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
-from ..core.settings import RunError, UsageError
-from ..field.density import released_beta
-from ..kernels.hash_grid_reference import HashGridSettings
+from ..core.settings import RunError, shorten
 from ..generator.conv3d import Conv3D, Conv3DSettings
 from ..generator.hyper_ingp import HyperINGP, HyperINGPSettings
 from ..generator.ingp import INGP, INGPSettings
 from .lightning import PromptedMapSettings, SharedMapSettings, State
-from .lightning import background_key, background_settings, prompted_key
-from .lightning import read_release
+from .lightning import background_key, prompted_key
+from .released_config import ReleasedConfig
+from .released_entries import conv3d_entries, hyper_ingp_entries
+from .released_entries import ingp_entries, triplane_entries
 from .released_settings import conv3d_key, conv3d_settings, hyper_ingp_settings
 from .released_settings import ingp_key, ingp_settings, triplane_key
 from .released_settings import triplane_settings
@@ -42,7 +41,8 @@ class Release:
     mark: str  # a name, or its beginning, that no other has
     module: type[nn.Module]  # made of its settings and a `background`
     made_of: type  # of settings
-    settings: Callable[[State, HashGridSettings | None], GeneratorSettings]
+    settings: Callable[[State, ReleasedConfig], GeneratorSettings]
+    entries: Callable[[Any], dict[str, Any]]  # settings as entries of a configuration
     key: Callable[[str], str | None]  # released name without `geometry.` to ours, or None
     wide: bool = False  # its background ends in `wide_sigmoid`
 
@@ -50,13 +50,15 @@ class Release:
 _SYNTHESIS, _QUERIES = (f"geometry.space_generator.{name}" for name in ("synthesis.", "pos_embed"))
 RELEASES = (
     Release("Hyper-iNGP", "hyper-ingp", "geometry.hypernet.",
-            HyperINGP, HyperINGPSettings, hyper_ingp_settings, prompted_key),
+            HyperINGP, HyperINGPSettings, hyper_ingp_settings, hyper_ingp_entries,
+            prompted_key),
     Release("iNGP", "ingp", "geometry.density_network.",
-            INGP, INGPSettings, ingp_settings, ingp_key),
+            INGP, INGPSettings, ingp_settings, ingp_entries, ingp_key),
     Release("3DConv-net", "conv3d", _SYNTHESIS,
-            Conv3D, Conv3DSettings, conv3d_settings, conv3d_key),
+            Conv3D, Conv3DSettings, conv3d_settings, conv3d_entries, conv3d_key),
     Release("Triplane-Transformer", "triplane", _QUERIES,
-            Triplane, TriplaneSettings, triplane_settings, triplane_key, wide=True),
+            Triplane, TriplaneSettings, triplane_settings, triplane_entries,
+            triplane_key, wide=True),
 )  # fmt: skip
 
 
@@ -68,7 +70,7 @@ def recognise(state: State) -> Release:
     wanted = " or ".join(f"{release.name} ({release.mark}*)" for release in RELEASES)
     raise RunError(
         "the checkpoint holds no generator that can be imported: "
-        f"expected {wanted}, found {', '.join(sorted(state)[:3])}"
+        f"expected {wanted}, found {', '.join(shorten(key, str) for key in sorted(state)[:3])}"
     )
 
 # %% ../../nbs/65_release/30_released_weights.ipynb #f6d9d6e9
@@ -157,8 +159,8 @@ def match_names(
             left[key] = left_over(key) or "nothing: it is empty"
         else:
             raise RunError(
-                f"{key} {list(state[key].shape)} has no place in our {release.name} of "
-                f"{to_words(settings)}: this checkpoint is of another generator"
+                f"{shorten(key, str)} {list(state[key].shape)} has no place in our "
+                f"{release.name} of {to_words(settings)}: this checkpoint is of another generator"
             )
     if missing := sorted(ours.keys() - mapped.values()):
         shown = ", ".join(missing[:5]) + (" and more" if missing[5:] else "")
@@ -172,90 +174,3 @@ def match_names(
                 f"beside the other tensors of this {release.name}"
             )
     return mapped, left
-
-# %% ../../nbs/65_release/30_released_weights.ipynb #53bd5abb
-def beta_of(state: State) -> float | None:
-    """Width of the surface, world units; None where the checkpoint stores none.
-
-    Raises `RunError` where it is not a positive number.
-    """
-    if "renderer.variance._inv_std" not in state:
-        return None
-    beta = float(released_beta(state["renderer.variance._inv_std"]))
-    if not 0 < beta < math.inf:
-        raise RunError(
-            f"renderer.variance._inv_std makes a surface of width {beta}: "
-            "expected a number above 0, take an earlier checkpoint"
-        )
-    return beta
-
-# %% ../../nbs/65_release/30_released_weights.ipynb #46b1dd0d
-@dataclass(frozen=True, eq=False)
-class Imported:
-    "A released generator as ours, and what became of each tensor."
-
-    release: Release
-    settings: ReleasedSettings
-    generator: nn.Module  # in evaluation mode
-    step: int  # optimiser steps so far, 0 where the checkpoint does not store them
-    beta: float | None  # width of the surface, world units; None for a density scene
-    mapped: dict[str, str]  # released name: our name
-    left: dict[str, str]  # released name: meaning
-
-    @property
-    def differences(self) -> list[str]:
-        "Differences to the closest released configuration; empty if there are none."
-        found = self.settings.generator
-        same_type = [preset for preset in RELEASE_PRESETS if type(preset) is type(found)]
-        value = lambda settings, field: getattr(settings, field.name)
-        differences = [
-            [
-                f"{f.name} {value(found, f)} for {value(preset, f)}"
-                for f in fields(found)
-                if value(found, f) != value(preset, f)
-            ]
-            for preset in same_type
-        ]
-        white = ["no background, so white"] if self.settings.background is None else []
-        return min(differences, key=len) + white
-
-
-def check_values(path: Path, state: State, mapped: dict[str, str]) -> None:
-    "Raises `RunError` for weights that are not finite floating-point numbers."
-    for key in mapped:
-        if not state[key].is_floating_point():
-            kind = state[key].dtype
-            raise RunError(f"{path} has {kind} in {key}: expected floating-point weights")
-        if not state[key].isfinite().all():
-            raise RunError(
-                f"{path} has numbers that are not finite in {key}: take an earlier checkpoint"
-            )
-
-# %% ../../nbs/65_release/30_released_weights.ipynb #f8f0a4d5
-def import_weights(
-    path: str | Path,  # a Lightning .ckpt, or a state_dict as safetensors
-    grid: HashGridSettings | None = None,  # of the geometry; None: of `GRIDS`, by its size
-    background_grid: HashGridSettings | None = None,
-) -> Imported:
-    """A released checkpoint as a generator of this project.
-
-    Raises `UsageError` or `RunError` for a file that is no complete checkpoint of a generator in
-    `RELEASES`.
-    """
-    state, step = read_release(path)
-    release = recognise(state)
-    try:
-        background = background_settings(state, background_grid, release.wide)
-        settings = ReleasedSettings(release.settings(state, grid), background)
-        generator, beta = settings.make(), beta_of(state)
-    except UsageError:
-        raise
-    except (LookupError, TypeError, ValueError) as error:
-        raise RunError(
-            f"{path} has tensors of shapes that no {release.name} has "
-            f"({' '.join(str(error).split())}): it is damaged or of another kind, get it again"
-        ) from None
-    mapped, left = match_names(state, release, settings, generator.state_dict())
-    check_values(path, state, mapped)
-    generator.load_state_dict({name: state[key] for key, name in mapped.items()})
-    return Imported(release, settings, generator.eval(), step, beta, mapped, left)

@@ -10,11 +10,11 @@ from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
-from ..core.files import write_json_atomic
+from ..core.files import shown_path, write_json_atomic
 from ..core.settings import UsageError
 from ..core.tensors import best_device
 from ..distill.distill_settings import DistillSettings
-from ..release.released_weights import Imported, import_weights
+from ..release.import_weights import Imported, import_weights
 from .checkpoints import save_checkpoint
 from .corpora import load_corpus
 from .run import Run, build
@@ -52,16 +52,27 @@ def import_summary(found: Imported) -> str:
         parts.append(f", {len(found.left)} left over ({left})")
     if found.differences:
         parts.append(f"; unlike the shipped ones: {', '.join(found.differences)}")
+    if found.config.path:
+        parts.append(f"; checked against {shown_path(found.config.path)}")
+    if found.assumed:
+        assumed = ", ".join(f"{key} {value}" for key, value in found.assumed.items())
+        parts.append(f"; not stored in a checkpoint, so as released: {assumed}")
     return "".join(parts)
 
 # %% ../../nbs/70_training/60_import_run.ipynb #bec21622
 def import_run(
-    path: str | Path, out: str | Path, prior: str, corpus: str, device: str = "cpu"
+    path: str | Path,
+    out: str | Path,
+    prior: str,
+    corpus: str,
+    device: str = "cpu",
+    heads: int | None = None,  # attention heads of a Triplane-Transformer
+    config: str | Path | None = None,  # its parsed.yaml; None: the one beside it, if there is one
 ) -> tuple[Run, Imported]:
     """A run folder with the weights of a released checkpoint.
 
     Raises `UsageError` or `RunError` if it cannot be made."""
-    found, folder = import_weights(path), Path(out)
+    found, folder = import_weights(path, heads, config), Path(out)
     settings, prompts = import_settings(found, prior, corpus, device), load_corpus(corpus)
     if folder.is_dir() and any(folder.iterdir()):
         raise UsageError(f"{folder} exists and is not empty: give another --out")
@@ -77,6 +88,8 @@ def import_run(
         "step": found.step,
         "mapped": found.mapped,
         "left": found.left,
+        "config": found.config.path.name if found.config.path else None,
+        "assumed": found.assumed,
     }
     write_json_atomic(folder / "import.json", record)
     save_checkpoint(folder / "checkpoints", found.step, run.generator, None)
