@@ -34,13 +34,20 @@ def check_target(to: Path) -> None:
 
 
 def prompt_text(given: str, prompts: Sequence[Prompt]) -> str:
-    "The text of a prompt id, or the given text itself. Raises UsageError for an unknown id."
+    """The text of a prompt id, which may lack its leading zeros, or the given text itself. A text
+    of the run comes before a number. Raises UsageError for an unknown id."""
     texts = {prompt.id: prompt.text for prompt in prompts}
-    text = texts.get(given, given)
-    if not text.strip() or text.isdecimal():
-        raise UsageError(
-            f"--prompt is {given!r}: expected an id from {min(texts)} to {max(texts)}, or a text"
-        )
+    if given not in texts and given in texts.values():
+        return given
+    number = given.strip()
+    short = {id.lstrip("0") or "0": text for id, text in texts.items()}
+    text = (
+        texts.get(number) or short.get(number.lstrip("0") or "0") if number.isdecimal() else given
+    )
+    if text is None or not text.strip():
+        last = f" to {max(texts)}" if len(texts) > 1 else ""
+        first = f"an id from {min(texts)}" if last else f"the id {min(texts)}"
+        raise UsageError(f"--prompt is {given!r}: expected {first}{last}, or a text")
     return text
 
 # %% ../../nbs/90_commands/36_export.ipynb #3a1300ea
