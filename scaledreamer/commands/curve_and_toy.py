@@ -7,7 +7,6 @@ __all__ = ['IMAGE_OPTIONS', 'image_source', 'plot_curves', 'Curve', 'measure_cur
            'make_methods', 'Toy', 'point_study', 'method_texts', 'image_study']
 
 # %% ../../nbs/90_commands/10_curve_and_toy.ipynb #3b8b8734
-import math
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -20,14 +19,13 @@ import tyro
 from torch import Tensor
 
 from .kept_results import distilled, measured
-from .shared import Stopped, at_least, fresh, save_figure
+from .shared import Stopped, fresh, save_figure
 from ..core.figures import curves
-from ..core.settings import UsageError
+from ..core.settings import Interval, UsageError, check_ranges
 from ..core.tensors import best_device, threads
 from ..distill.estimator import LoRAEstimator
 from ..distill.later_methods import DEFECTS, DESCRIPTION
 from ..distill.methods import Method
-from ..distill.shift import random_shift
 from ..noise_error.error import ErrorCurve
 from ..noise_error.image_sources import CurveProtocol, PriorSamples, ToyboxRenders
 from ..prior.base import Prior
@@ -79,21 +77,21 @@ class Curve:
     corpus: str = "toybox-15"  # prompts: toybox-15, toybox-800, or a .json or .txt file
     # images: Toybox renders with view words, samples of the prior (DDIM), or distilled by VSD
     images: Literal["renders", "samples", "vsd"] = "renders"
-    each: int = 16  # images per prompt, at least 1
-    timesteps: int = 100  # timesteps to measure, spread over the schedule, at least 1
-    # scale of classifier-free guidance, a finite number; None: the prediction given the text alone
+    each: int = 16  # images per prompt, from 1 to 4096
+    timesteps: int = 100  # timesteps to measure, spread over the schedule, from 1 to 1000
+    # scale of classifier-free guidance, from -1000 to 1000; None: the prediction given the text
+    # alone
     guidance: float | None = None
-    steps: int = 300  # steps of VSD for --images vsd, at least 1
-    seed: int = 0  # random seed of images and noise, at least 0
+    steps: int = 300  # steps of VSD for --images vsd, from 1 to 10^8
+    seed: int = 0  # random seed of images and noise, from 0 to 2^32 - 1
     device: str = "cpu"  # device to use: cpu, cuda, cuda:1, mps, or auto (the best available)
 
     def __post_init__(self):
         if self.out.suffix != ".json":
             raise UsageError(f"--out is {self.out}: expected a file that ends in .json")
-        at_least(1, each=self.each, timesteps=self.timesteps, steps=self.steps)
-        at_least(0, seed=self.seed)
-        if self.guidance is not None and not math.isfinite(self.guidance):
-            raise UsageError(f"--guidance is {self.guidance}: expected a finite number")
+        count, seed = Interval(1, 10**8), Interval(0, 2**32 - 1)
+        check_ranges(self, each=Interval(1, 4096), timesteps=Interval(1, 1000), steps=count)
+        check_ranges(self, seed=seed, guidance=Interval(-1000, 1000))
         best_device(self.device)
 
     def run(self) -> str:
@@ -133,6 +131,9 @@ def measure_curves(
     return found
 
 # %% ../../nbs/90_commands/10_curve_and_toy.ipynb #34e1a5c9
+IMAGE_OPTIONS = ("prior", "text", "defects", "description")  # of toy, for images only
+
+
 def method_names(words: str, known: tuple[str, ...]) -> list[str]:
     "Names separated by commas. Raises UsageError for a name that is unknown."
     names = [word.strip() for word in words.split(",") if word.strip()]
@@ -176,9 +177,6 @@ def make_methods(
     }
 
 # %% ../../nbs/90_commands/10_curve_and_toy.ipynb #5f477503
-IMAGE_OPTIONS = ("prior", "text", "defects", "description")
-
-
 @dataclass(frozen=True)
 class Toy:
     "Compare distillation methods on 2D points or on images of a prior (Fig. 2)."
@@ -188,10 +186,11 @@ class Toy:
     out: Path  # folder to write toy.json and its figures to
     # methods, separated by commas; also nfsd, bridge, sdi, ism, esd; for points also exact-vsd
     methods: str = "sds,csd,vsd,asd"
-    seeds: int = 3  # number of repetitions, with seeds 0, 1, ...; at least 1
-    steps: int | None = None  # steps per seed, at least 1; None: 1000 for points, 300 for images
-    count: int | None = None  # points or images per seed, at least 1; None: 1000 points, 4 images
-    # scale of classifier-free guidance of all methods; None: that of each method's paper
+    seeds: int = 3  # number of repetitions, with seeds 0, 1, ...; from 1 to 10000
+    # steps per seed, from 1 to 10^8; None: 1000 for points, 300 for images
+    steps: int | None = None
+    count: int | None = None  # points or images per seed, from 1 to 10000; None: 1000 or 4
+    # scale of classifier-free guidance, from -1000 to 1000; None: that of each method's paper
     guidance: float | None = None
     eta: float = 0.1  # length of ASD's shift range as a fraction of t - t_min, from 0 to 1
     shift: Literal["random", "deterministic", "none"] = "random"  # schedule of ASD's shift
@@ -202,8 +201,9 @@ class Toy:
     description: str = DESCRIPTION  # appended to the text for SDS-Bridge's source prompt on images
 
     def __post_init__(self):
-        at_least(1, seeds=self.seeds, steps=self.steps, count=self.count)
-        random_shift(self.eta)  # raises UsageError for a wrong eta
+        many, steps, scale = Interval(1, 10_000), Interval(1, 10**8), Interval(-1000, 1000)
+        eta = Interval(0, 1)
+        check_ranges(self, seeds=many, count=many, steps=steps, guidance=scale, eta=eta)
         given = [name for name in IMAGE_OPTIONS if getattr(self, name) != getattr(Toy, name)]
         if self.what == "points" and given:
             raise UsageError(f"--{given[0]} applies to images, not to points: leave it out")

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import tyro
 
-from .shared import at_least
 from ..core.files import write_json_atomic
+from ..core.settings import Interval, check_ranges
 from ..core.tensors import machine
 from ..eval.clip import ClipScorer
 from ..eval.report import evaluate_scenes
@@ -82,12 +82,14 @@ class Evaluate:
     "Evaluate a trained run: CLIP similarity and recall, overlap with the true shapes."
 
     folder: tyro.conf.Positional[Path]  # run folder written by `train` or `import-weights`
-    views: int = 120  # views rendered per prompt, at least 1
+    views: int = 120  # views rendered per prompt, from 1 to 4096
     # CLIP model: open_clip folder or NAME:PRETRAINED; None: the shipped tiny one
     clip: str | None = None
 
+    def __post_init__(self):
+        check_ranges(self, views=Interval(1, 4096))
+
     def run(self) -> str:
-        at_least(1, views=self.views)
         run = open_run(self.folder)
         scorer = ClipScorer.load(self.clip, device=run.settings.device)
         print(summary(evaluate_run(run, scorer, self.views)))

@@ -14,7 +14,7 @@ from typing import Annotated, Literal
 import tyro
 
 from .shared import Stopped, check_place
-from ..core.settings import UsageError
+from ..core.settings import Interval, check_ranges
 from ..core.tensors import best_device
 from ..training.run_prompts import corpus_name, training_prompts
 from ..training.train_settings import TrainSettings
@@ -32,14 +32,10 @@ class Train:
     resume: bool = False  # continue the run in the folder from its last checkpoint
     # preset whose settings are the defaults of the other options
     preset: Literal["toybox", "paper"] = "toybox"
-    eval_views: int = 120  # views per prompt in the final evaluation, at least 0 (0: no evaluation)
+    eval_views: int = 120  # views per prompt in the final evaluation, from 0 to 4096 (0: none)
 
     def __post_init__(self):
-        if self.eval_views < 0:
-            raise UsageError(
-                f"eval_views is {self.eval_views}: expected a number of views, "
-                "or 0 for no evaluation"
-            )
+        check_ranges(self, eval_views=Interval(0, 4096))
 
     @property
     def folder(self) -> Path:

@@ -24,7 +24,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from ..camera.view_words import view_prompts
 from ..core.files import write_json_atomic
 from ..core.progress import progress_bar
-from ..core.settings import UsageError
+from ..core.settings import Interval, UsageError, check_ranges
 from .tiny_sd import SCALING, WINDOW, make_autoencoder, make_scheduler
 from .tiny_sd import make_text_encoder, make_tokenizer, make_unet
 from ..toybox.render_sets import RenderSet, make_renders
@@ -45,15 +45,22 @@ def training_caption(caption: str, azimuth: float, elevation: float, rng: random
 class RecipeSettings:
     "Settings of the tiny prior's training."
 
-    steps: int = 9000  # optimiser steps, at least 1
-    batch: int = 64  # images per step, at least 1
-    lr: float = 7e-4  # highest learning rate of AdamW, above 0
-    seed: int = 0  # random seed of renders, initial weights and training steps
-    ema: float = 0.999  # decay per step of the average of the weights, in [0, 1)
-    late: float = 0.7  # share in [0, 1] of timesteps from 750 to 999, which teach the view
-    singles: float = 0.7  # share in [0, 1] of images drawn from those of single shapes
+    steps: int = 9000  # optimiser steps, from 1 to 10^8
+    batch: int = 64  # images per step, from 1 to 4096
+    lr: float = 7e-4  # highest learning rate of AdamW, above 0 and up to 10
+    # random seed of renders, initial weights and training steps, from 0 to 2^32 - 1
+    seed: int = 0
+    ema: float = 0.999  # decay per step of the average of the weights, from 0 to below 1
+    late: float = 0.7  # share, from 0 to 1, of timesteps 750 to 999, which teach the view
+    singles: float = 0.7  # share, from 0 to 1, of images drawn from those of single shapes
     start: Path | None = None  # a tiny-sd folder whose weights training starts from
-    save_every: int = 300  # steps between checkpoints
+    save_every: int = 300  # steps between checkpoints, from 1 to 10^8
+
+    def __post_init__(self) -> None:
+        count, part = Interval(1, 10**8), Interval(0, 1)
+        check_ranges(self, steps=count, save_every=count, batch=Interval(1, 4096))
+        check_ranges(self, lr=Interval(0, 10, "low"), ema=Interval(0, 1, "high"))
+        check_ranges(self, seed=Interval(0, 2**32 - 1), late=part, singles=part)
 
     def lr_at(self, step: int) -> float:
         "Learning rate at a step from 0 on."
