@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FRONT_SIDE', 'SIDE_FRONT', 'SIDE_BACK', 'FRONT_BACK', 'ViewPrompting', 'view_index', 'perp_neg_coefficients',
-           'view_embeddings', 'perp_neg', 'make_conditioning']
+           'view_embeddings', 'perp_neg', 'resolve_view_prompting', 'make_conditioning']
 
 # %% ../../nbs/35_distill/40_conditioning.ipynb #9b5b69e7
 from collections.abc import Sequence
@@ -97,7 +97,25 @@ def perp_neg(
     return Conditioning(blend(positive), unconditional, blend(negatives), strength * weights)
 
 # %% ../../nbs/35_distill/40_conditioning.ipynb #16a88eb1
-ViewPrompting = Literal["tokens", "words", "perp-neg", "plain"]
+ViewPrompting = Literal["auto", "tokens", "words", "perp-neg", "plain"]
+
+
+def resolve_view_prompting(prior: Prior, wanted: ViewPrompting) -> ViewPrompting:
+    """How views are named for a prior: as wanted, or, for `auto`, in the prior's own vocabulary.
+
+    That is `prior.view_vocabulary`: `tokens`, `words`, or `plain` for a prior that takes cameras;
+    without this attribute it is `words`, which every text encoder reads. Raises `UsageError` for
+    tokens that the prior does not have."""
+    vocabulary = getattr(prior, "view_vocabulary", None)
+    if wanted == "auto":
+        return vocabulary or "words"
+    if wanted == "tokens" and vocabulary not in ("tokens", None):
+        raise UsageError(
+            "view_prompting is 'tokens', such as '<az+180> <el+15>', which are no tokens of this "
+            "prior: its text encoder would read them character by character; give words, "
+            "perp-neg, plain or auto"
+        )
+    return wanted
 
 
 def _view_texts(
@@ -127,7 +145,11 @@ def make_conditioning(
     nfsd_negative_prompt: str | None = None,  # add a description of bad images, for NFSD
     bridge_source_prompt: str | None = None,  # add text describing the renders, for SDS-Bridge
 ) -> Conditioning:
-    "The texts of a step's images. Raises `UsageError` if the view angles are missing."
+    """The texts of a step's images; an empty `bridge_source_prompt` makes the whole source empty.
+
+    Raises `UsageError` if the view angles are missing."""
+    if view_prompting == "auto":
+        view_prompting = resolve_view_prompting(prior, view_prompting)
     encode = lambda texts: prior.encode_text(texts).tokens
     prompts = list(prompts)
     with_view = _view_texts(prompts, azimuth, elevation, view_prompting)
@@ -141,6 +163,9 @@ def make_conditioning(
     if nfsd_negative_prompt is not None:
         text = replace(text, nfsd_negative=encode([nfsd_negative_prompt]).expand_as(text.positive))
     if bridge_source_prompt is not None:
-        described = [f"{prompt}, {bridge_source_prompt}" for prompt in with_view]
+        described = [
+            f"{prompt}, {bridge_source_prompt}" if bridge_source_prompt else ""
+            for prompt in with_view
+        ]
         text = replace(text, bridge_source=encode(described))
     return text

@@ -9,7 +9,7 @@ __all__ = ['DEFECTS', 'DESCRIPTION', 'QuerySettings', 'DistillSettings']
 from dataclasses import dataclass
 from typing import Literal
 
-from ..core.settings import UsageError
+from ..core.settings import Interval, check_range, check_ranges, check_rising
 from .conditioning import ViewPrompting
 from .shift import ShiftSchedule, deterministic_shift, random_shift
 from .timesteps import TimestepWindow, annealed_window
@@ -41,18 +41,17 @@ class QuerySettings:
     window_end: tuple[float, float] = (0.02, 0.5)
     # text of the unconditional prediction in classifier-free guidance; empty: no text
     negative_prompt: str = ""
-    # text that describes bad images, which NFSD subtracts
-    nfsd_negative_prompt: str = DEFECTS
-    # text after the prompt that describes the renders as they are, which SDS-Bridge subtracts
-    bridge_source_prompt: str = DESCRIPTION
+    # text that describes bad images, which NFSD subtracts; None: that of its paper, as far as the
+    # prior reads it
+    nfsd_negative_prompt: str | None = None
+    # text after the prompt that describes the renders as they are, which SDS-Bridge subtracts;
+    # None: that of its paper, as far as the prior reads it; empty: no text, and no prompt either
+    bridge_source_prompt: str | None = None
 
     def __post_init__(self) -> None:
-        for low, high in (self.window_start, self.window_end):
-            if not 0 <= low <= high < 1:
-                raise UsageError(
-                    f"a window of timesteps is ({low}, {high}): "
-                    "expected 0 <= smallest <= largest < 1, in parts of T"
-                )
+        part = Interval(0, 1, "high", "fraction of the timesteps")
+        check_ranges(self, eta=Interval(0, 1), window_start=part, window_end=part)
+        check_rising(self, "window_start", "window_end")
 
     def window(self, steps: int) -> TimestepWindow:
         "The window of timesteps at each step of a run of `steps`."
@@ -67,10 +66,14 @@ class QuerySettings:
 class DistillSettings(QuerySettings):
     "How the noise predictions of the prior become a gradient in a training run."
 
-    # classifier-free guidance scale of the target prediction; None: the value in the method's paper
-    guidance: float | None = 1.5
-    # how a prompt names its view: tokens of 15 degrees, words, perp-neg, or plain (not at all)
-    view_prompting: ViewPrompting = "tokens"
+    # classifier-free guidance scale of the target prediction; auto: the method's own for this
+    # prior; None: the value in the method's paper
+    guidance: float | Literal["auto"] | None = "auto"
+    # factor on the distillation loss, beside the regularisers, above 0; auto: the method's own
+    weight: float | Literal["auto"] = "auto"
+    # how a prompt names its view: tokens of 15 degrees, words, perp-neg, or plain (not at all);
+    # auto: tokens if the prior knows them, otherwise words
+    view_prompting: ViewPrompting = "auto"
     # learning rate of the estimator of VSD and ESD, above 0; the default is for Stable Diffusion
     estimator_lr: float = 1e-4
     # fraction of the run after which SDS-Bridge takes over from SDS, 0 to 1
@@ -78,11 +81,10 @@ class DistillSettings(QuerySettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 <= self.bridge_start <= 1:
-            raise UsageError(
-                f"bridge_start is {self.bridge_start}: expected a part of the run from 0 to 1"
-            )
-        if not self.estimator_lr > 0:
-            raise UsageError(
-                f"estimator_lr is {self.estimator_lr}: expected a learning rate above 0"
-            )
+        for name, interval in (
+            ("guidance", Interval(-1e4, 1e4)),
+            ("weight", Interval(0, 1e6, "low")),
+        ):
+            value = getattr(self, name)
+            check_range(name, None if value == "auto" else value, interval)
+        check_ranges(self, bridge_start=Interval(0, 1), estimator_lr=Interval(0, 1, "low"))

@@ -73,9 +73,11 @@ def toybox_mixture(
             found |= cut_out(prompt, "words" if mode == "words" else "tokens", each, size, seed)
         except ValueError as error:
             raise UsageError(f"the mixture prior is made of Toybox renders: {error}") from None
-    return MixturePrior(
+    prior = MixturePrior(
         Cutouts(
             {text: images for text, (images, _) in found.items()},
             {text: shows for text, (_, shows) in found.items()},
         )
     )
+    prior.view_vocabulary = "words" if mode == "words" else "tokens"
+    return prior

@@ -213,7 +213,8 @@ def training_step(run: Run, optimizer: torch.optim.Optimizer, texts: TextEmbeddi
     score = distill(method, prior, latents, text, sample, camera)
 
     weights = settings.loss.at(run.step, settings.steps)
-    losses = {settings.method: prescribed_gradient_loss(latents, score.gradient)}
+    distillation = settings.distill.weight * prescribed_gradient_loss(latents, score.gradient)
+    losses = {settings.method: distillation}
     losses |= regularisers(rendering, weights, is_density_scene(scenes))
     total, grad_norm = compute_gradients(losses, optimizer, generator)
     finite = run.monitor.record(run.step, losses, total, score.gradient.norm(), grad_norm)

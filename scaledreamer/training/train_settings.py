@@ -20,7 +20,7 @@ import tyro
 from torch import nn
 
 from ..camera.poses import FramedCameras, SingleCameras
-from ..core.settings import UsageError, from_json, to_json
+from ..core.settings import Interval, UsageError, check_ranges, from_json, to_json
 from ..distill.distill_settings import DistillSettings
 from ..distill.estimator import Estimator, LoRAEstimator
 from ..distill.later_methods import ism, nfsd, sdi, sds_bridge
@@ -84,19 +84,16 @@ class TrainSettings:
 # %% ../../nbs/70_training/20_train_settings.ipynb #b368c96e
 def _check_settings(settings: TrainSettings) -> None:
     "Raises `UsageError` for a number out of its range."
-    counts = ("steps", "prompts_per_step", "views_per_prompt", "resolution")
-    for name in (*counts, "log_every", "validate_every", "checkpoint_every"):
-        count = getattr(settings, name)
-        if count < 1:
-            raise UsageError(f"{name} is {count}: expected a whole number of at least 1")
-    rays, seed = settings.render.train_rays_per_chunk, settings.seed
+    count, size = Interval(1, 10**8), Interval(1, 4096)
+    every = dict.fromkeys(("steps", "log_every", "validate_every", "checkpoint_every"), count)
+    check_ranges(settings, **every, prompts_per_step=size, views_per_prompt=size)
+    check_ranges(settings, resolution=replace(size, unit="pixels"), seed=Interval(0, 2**32 - 1))
+    rays = settings.render.train_rays_per_chunk
     if rays is not None and rays < settings.prompts_per_step:
         raise UsageError(
             f"render.train_rays_per_chunk is {rays}: expected at least one ray for each of the "
             f"{settings.prompts_per_step} prompts of a step"
         )
-    if not 0 <= seed < 2**32:
-        raise UsageError(f"seed is {seed}: expected a whole number from 0 to {2**32 - 1}")
 
 # %% ../../nbs/70_training/20_train_settings.ipynb #03345345
 def paper() -> TrainSettings:
@@ -107,7 +104,7 @@ def paper() -> TrainSettings:
         prompts_per_step=1,
         checkpoint_every=5000,
         validate_every=5000,
-        distill=DistillSettings(guidance=None, view_prompting="perp-neg"),
+        distill=DistillSettings(guidance=None, weight=1.0, view_prompting="perp-neg"),
         loss=LossSettings(sparsity=20.0, opaque=10.0, eikonal_start=100.0, eikonal=1.0),
         optim=OptimSettings(lr=4e-3, warmup=1, final_lr_factor=1.0),
         cameras=SingleCameras(),
@@ -177,8 +174,10 @@ def _with_defaults(default: Any, given: Any) -> Any:
 
 
 def read_settings(text: str) -> TrainSettings:
-    "The settings in a run's `config.json`. Raises ValueError for what is not JSON or not settings."
-    default = json.loads(to_json(TrainSettings()))
+    """The settings in a run's `config.json`, with the values of earlier versions for what they did
+    not write. Raises ValueError for what is not JSON or not settings."""
+    earlier = DistillSettings(guidance=1.5, weight=1.0, view_prompting="tokens")
+    default = json.loads(to_json(TrainSettings(distill=earlier)))
     given = _with_new_names(json.loads(text))
     return from_json(TrainSettings, json.dumps(_with_defaults(default, given)))
 
@@ -198,14 +197,15 @@ ESTIMATOR_METHODS = ("vsd", "esd")  # the methods that train an estimator along
 
 
 def method_of(settings: TrainSettings, step: int = 0, estimator: Estimator | None = None) -> Method:
-    "The distillation method at a step, with the guidance of the settings unless that is None."
+    """The distillation method at a step, with the guidance of the settings; None, or `auto` before
+    there is a prior, is the value in the method's paper."""
     if settings.method not in METHODS:
         raise UsageError(f"no method {settings.method!r}: give one of {', '.join(METHODS)}")
     bridge_step = settings.distill.bridge_start * settings.steps
     first_stage = settings.method == "bridge" and step < bridge_step
     method = sds if first_stage else METHODS[settings.method]
     options = {"estimator": estimator} if settings.method in ESTIMATOR_METHODS else {}
-    if settings.distill.guidance is not None:
+    if settings.distill.guidance not in (None, "auto"):
         options["guidance"] = settings.distill.guidance
     return partial(method, **options) if options else method
 
@@ -217,14 +217,14 @@ def make_estimator(settings: TrainSettings, prior: Prior) -> EstimatorTrainer | 
     return EstimatorTrainer(LoRAEstimator(prior, seed=settings.seed), settings.distill.estimator_lr)
 
 # %% ../../nbs/70_training/20_train_settings.ipynb #12d9caca
-def build_prior(settings: TrainSettings, prompts: tuple[Prompt, ...]) -> Prior:
-    "The 2D diffusion prior, frozen, on the run's device."
+def build_prior(settings: TrainSettings, prompts: tuple[Prompt, ...], strict: bool = True) -> Prior:
+    "The frozen 2D diffusion prior; it refuses texts that it cannot read, or warns if not strict."
     name = settings.prior
     if name == "mixture":
         texts = tuple(prompt.text for prompt in prompts)
-        mode, seed = settings.distill.view_prompting, settings.seed
-        return toybox_mixture(texts, mode, seed=seed).to(settings.device)
-    options = {"settings": settings.prior_settings, "device": settings.device, "strict": True}
+        mode = "words" if settings.distill.view_prompting in ("words", "perp-neg") else "tokens"
+        return toybox_mixture(texts, mode, seed=settings.seed).to(settings.device)
+    options = {"settings": settings.prior_settings, "device": settings.device, "strict": strict}
     if name == "tiny-sd":
         return StableDiffusionPrior.from_pretrained(**options)
     if "/" in name or Path(name).exists():
