@@ -19,7 +19,7 @@ from ..eval.report import evaluate_scenes
 from ..rendering.volume import render_views
 from ..toybox.captions import CORPORA
 from ..training.run import Run
-from ..training.run_folder import read_rows
+from ..training.run_logs import read_rows
 from ..training.trainer import open_run
 from ..view.run_report import write_report
 

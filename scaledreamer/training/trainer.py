@@ -19,22 +19,24 @@ import torch
 from ..camera.poses import orbit
 from ..core.async_metrics import LazyMetrics
 from ..core.figures import image_grid
-from ..core.files import replacing
+from ..core.files import replacing, shown_path
+from ..core.folder_lock import locked_folder, set_aside
 from ..core.memory import memory_errors
 from ..core.progress import progress_bar
 from ..core.settings import RunError, UsageError
 from ..core.tensors import best_device, devices
 from ..rendering.volume import render_views
-from .checkpoints import checkpoint_steps, load_checkpoint, save_checkpoint
+from .checkpoints import checkpoint_steps, load_checkpoint, load_newest
+from .checkpoints import save_checkpoint
 from .corpora import read_manifest
 from .memory import check_memory, what_to_lower
 from .run import Run, build
-from .run_folder import append_row, check_run_folder, log_session, start_folder
-from .run_folder import truncate_metrics
+from .run_folder import check_run_folder, log_session, read_run_settings
+from .run_folder import start_folder
+from .run_logs import append_row, repair_log, truncate_metrics
 from .run_prompts import training_prompts
 from .step import training_step
 from .train_settings import GENERATORS, MakeGenerator, TrainSettings
-from .train_settings import read_settings
 
 # %% ../../nbs/70_training/50_trainer.ipynb #daa757b5
 @torch.no_grad()
@@ -92,10 +94,11 @@ def train_steps(
 # %% ../../nbs/70_training/50_trainer.ipynb #76a50183
 @contextmanager
 def interruptible() -> Iterator[Callable[[], bool]]:
-    """Inside, the first Ctrl-C does not interrupt; the yielded function then returns True.
+    """Inside, the first Ctrl-C, SIGTERM or SIGHUP does not interrupt; the yielded function then
+    returns True.
 
-    Raises KeyboardInterrupt at the end, or at once at the second Ctrl-C."""
-    received = []
+    Raises KeyboardInterrupt at the end, or at once at the second signal."""
+    received, before = [], {}
     if threading.current_thread() is not threading.main_thread():
         yield lambda: False
         return
@@ -105,11 +108,15 @@ def interruptible() -> Iterator[Callable[[], bool]]:
             raise KeyboardInterrupt
         received.append(signum)
 
-    before = signal.signal(signal.SIGINT, receive)
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+        number = getattr(signal, name, None)  # Windows has no SIGHUP
+        if number and signal.getsignal(number) != signal.SIG_IGN:
+            before[number] = signal.signal(number, receive)
     try:
         yield lambda: bool(received)
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
     if received:
         raise KeyboardInterrupt
 
@@ -121,13 +128,16 @@ def _adam(run: Run) -> torch.optim.Adam:
 
 
 def _resume(run: Run, optimizer: torch.optim.Optimizer) -> None:
-    "Load the last checkpoint of the folder, if there is one, and drop what was logged after it."
+    """Load the newest whole checkpoint, if there is one, and drop what was logged after it.
+
+    Damaged checkpoints and logs are kept under other names."""
     checkpoints = run.folder / "checkpoints"
-    steps = checkpoint_steps(checkpoints)
-    if steps:
-        last = checkpoints / f"{steps[-1]:06d}"
-        run.step = load_checkpoint(last, run.generator, optimizer, run.estimator)
+    if checkpoint_steps(checkpoints):
+        run.step, damaged = load_newest(checkpoints, run.generator, optimizer, run.estimator)
+        for path in damaged:
+            set_aside(path)
     truncate_metrics(run.folder / "metrics.jsonl", run.step)
+    repair_log(run.folder / "sessions.jsonl", "first", "last", "seconds")
 
 # %% ../../nbs/70_training/50_trainer.ipynb #a456d460
 def train(
@@ -145,69 +155,76 @@ def train(
     `make_generator` (text width to network) makes a generator of your own, which
     `settings.generator` then only names. `on_start` receives the run before its first step,
     `on_step` every step and its metrics, whose values wait for the device. An interrupt saves a
-    checkpoint before it is raised. Raises `UsageError` before the folder is made where a step
-    [cannot fit](42_memory.ipynb) the memory."""
+    checkpoint before it is raised. The folder is locked meanwhile: a second run in it is refused.
+    Raises `UsageError` before the folder is made where a step [cannot fit](42_memory.ipynb) the
+    memory."""
     folder, started = Path(folder), time.monotonic()
     settings = replace(settings, device=str(best_device(settings.device)))
     prompts = training_prompts(settings)
     check_run_folder(folder, settings, prompts, resume)
     run = build(folder, settings, prompts, make_generator)
     check_memory(run)
-    start_folder(run)
-    optimizer = _adam(run)
-    _resume(run, optimizer)
-    first = run.step
-    if on_start and run.step < settings.steps:
-        on_start(run)
-    with memory_errors(what_to_lower(settings)), interruptible() as interrupted:
-        for _ in train_steps(run, optimizer, on_step, show):
-            if stop() or interrupted():
-                break
-        run.monitor.flush({})
-        if run.step not in checkpoint_steps(folder / "checkpoints"):
-            _save(run, optimizer)
-        log_session(run, first, started)
+    with locked_folder(folder):
+        check_run_folder(folder, run.settings, prompts, resume, built=True)
+        start_folder(run)
+        optimizer = _adam(run)
+        _resume(run, optimizer)
+        first = run.step
+        if on_start and run.step < settings.steps:
+            on_start(run)
+        with memory_errors(what_to_lower(settings)), interruptible() as interrupted:
+            for _ in train_steps(run, optimizer, on_step, show):
+                if stop() or interrupted():
+                    break
+            run.monitor.flush({})
+            if run.step not in checkpoint_steps(folder / "checkpoints"):
+                _save(run, optimizer)
+            log_session(run, first, started)
     return run
 
 # %% ../../nbs/70_training/50_trainer.ipynb #5237d99f
-def _saved_settings(folder: Path) -> TrainSettings:
-    "The settings of a run folder. Raises `RunError` if there are none that can be read."
-    config = folder / "config.json"
-    if not config.exists():
+def _settings_here(folder: Path, prior: str | None) -> TrainSettings:
+    "The settings of a run folder on this machine: its best device, and the prior where it is now."
+    settings = read_run_settings(folder)
+    settings = replace(settings, prior=prior or settings.prior)
+    place = Path(settings.prior)
+    if place.is_absolute() and not place.exists():
         raise RunError(
-            f"{folder} is no run folder (it has no config.json): give the --out of a training run"
+            f"the prior of {shown_path(folder)} is not on this machine ({shown_path(place)}): "
+            "give its folder with --prior"
         )
-    try:
-        return read_settings(config.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise RunError(
-            f"{config} is damaged or of another version ({error}): train anew into another folder"
-        ) from None
+    if settings.device not in devices():
+        settings = replace(settings, device=str(best_device()))
+    return settings
 
-
+# %% ../../nbs/70_training/50_trainer.ipynb #922169c1
 def open_run(
-    folder: str | Path, step: int | None = None, make_generator: MakeGenerator | None = None
+    folder: str | Path,
+    step: int | None = None,
+    make_generator: MakeGenerator | None = None,
+    prior: str | None = None,  # its folder or hub id, in place of that of the settings
 ) -> Run:
-    """A run folder with the weights of its last checkpoint, or of that at `step`.
+    """A run folder with the weights of its newest whole checkpoint, or of that at `step`.
 
     `make_generator` is the one that it was trained with. Raises `RunError` for a folder that is no
-    run or has no such checkpoint."""
+    run or has no such checkpoint; a damaged one is passed over with a warning."""
     folder = Path(folder)
-    settings = _saved_settings(folder)
+    settings = _settings_here(folder, prior)
     if not make_generator and settings.generator not in GENERATORS:
         raise UsageError(
             f"{folder} was trained with a generator of your own, {settings.generator!r}, which no "
             "command can make again: open it in Python, with open_run(folder, make_generator=...)"
         )
-    steps = checkpoint_steps(folder / "checkpoints")
-    step = steps[-1] if step is None and steps else step
-    if step not in steps:
+    checkpoints, prompts = folder / "checkpoints", read_manifest(folder / "prompts.jsonl")
+    steps = checkpoint_steps(checkpoints)
+    if not steps or step not in (None, *steps):
         found = f"no checkpoint {step}, only {steps}" if steps else "no finished checkpoint"
         raise RunError(f"{folder} has {found}: train it, or go on with --resume")
-    if settings.device not in devices():
-        settings = replace(settings, device=str(best_device()))
-    run = build(folder, settings, read_manifest(folder / "prompts.jsonl"), make_generator)
-    checkpoint = folder / "checkpoints" / f"{step:06d}"
-    run.step = load_checkpoint(checkpoint, run.generator, estimator=run.estimator)
+    run = build(folder, settings, prompts, make_generator)
+    if step is None:
+        run.step, _ = load_newest(checkpoints, run.generator, estimator=run.estimator)
+    else:
+        path = checkpoints / f"{step:06d}"
+        run.step = load_checkpoint(path, run.generator, estimator=run.estimator)
     run.generator.eval()
     return run

@@ -26,7 +26,7 @@ from ..eval.truth import truth_of
 from ..training.corpora import Prompt
 from ..toybox.renders import render_object
 from ..training.run import Run
-from ..training.run_folder import read_rows
+from ..training.run_logs import read_rows
 from ..training.run_prompts import corpus_name
 from .mesh import extract_mesh, save_mesh
 from .turntable import turntable_frames
