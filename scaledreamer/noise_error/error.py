@@ -6,7 +6,6 @@
 __all__ = ['Predict', 'CurveFile', 'ErrorTable', 'ErrorCurve', 'check_timesteps', 'noise_errors']
 
 # %% ../../nbs/40_noise_error/10_error.ipynb #9cc1aefa
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,10 +13,10 @@ from typing import Self
 
 import torch
 from jaxtyping import Float, Int
-from scipy.stats import t as student_t
 from torch import Tensor
 
 from ..core.settings import RunError, UsageError, from_json
+from ..core.statistics import t_half_width
 from ..core.files import write_json_atomic
 from ..prior.base import Prior
 from ..prior.guidance import classifier_free_guidance
@@ -68,7 +67,7 @@ class ErrorTable:
                 f"a band of {n} images at level {level}: "
                 "expected at least 2 images and a level between 0 and 1"
             )
-        half = self.errors.std(0) * (float(student_t.ppf((1 + level) / 2, n - 1)) / math.sqrt(n))
+        half = t_half_width(self.errors.std(0), n, level)
         return (self.mean - half).clamp(min=0), self.mean + half
 
 # %% ../../nbs/40_noise_error/10_error.ipynb #f7378867
