@@ -26,10 +26,12 @@ from ..view.run_report import write_report
 # %% ../../nbs/90_commands/32_evaluate.ipynb #536a9024
 def training_cost(sessions: Path) -> dict[str, float | None]:
     "Seconds and peak memory of the training, from the log of its sessions."
-    rows = read_rows(sessions)
+    rows = read_rows(sessions, "seconds")
+    peaks = [row.get("peak_memory_gb") for row in rows]  # null where it is not known
+    numbers = [peak for peak in peaks if isinstance(peak, (int, float))]
     return {
         "train_seconds": sum(row["seconds"] for row in rows) or None,
-        "peak_memory_gb": max((row["peak_memory_gb"] or 0 for row in rows), default=0) or None,
+        "peak_memory_gb": max(numbers, default=0) or None,
     }
 
 # %% ../../nbs/90_commands/32_evaluate.ipynb #340e557b
@@ -85,12 +87,14 @@ class Evaluate:
     views: int = 120  # views rendered per prompt, from 1 to 4096
     # CLIP model: open_clip folder or NAME:PRETRAINED; None: the shipped tiny one
     clip: str | None = None
+    # folder or hub id of the prior, where it is now; None: as the run folder says
+    prior: str | None = None
 
     def __post_init__(self):
         check_ranges(self, views=Interval(1, 4096))
 
     def run(self) -> str:
-        run = open_run(self.folder)
+        run = open_run(self.folder, prior=self.prior)
         scorer = ClipScorer.load(self.clip, device=run.settings.device)
         print(summary(evaluate_run(run, scorer, self.views)))
         return f"evaluation: {self.folder / 'eval.json'}"

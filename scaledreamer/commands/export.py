@@ -60,12 +60,14 @@ class Export:
     to: Path  # file to write: .glb, .obj, .ply, .gif, .mp4 or .html
     # samples per side of the mesh's grid, or pixels per side of a turntable; at least 8
     resolution: int = 128
+    # folder or hub id of the prior, where it is now; None: as the run folder says
+    prior: str | None = None
 
     def run(self) -> str:
         check_target(self.to)
         if self.resolution < 8:
             raise UsageError(f"--resolution is {self.resolution}: expected at least 8")
-        run = open_run(self.folder)
+        run = open_run(self.folder, prior=self.prior)
         scene = run.scene([prompt_text(self.prompt, run.prompts)])
         size, device = self.resolution, run.settings.device
         if self.to.suffix in MESHES:

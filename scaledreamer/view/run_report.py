@@ -125,18 +125,12 @@ def inline(image: Image.Image, alt: str) -> str:
 
 def training_curve(path: Path) -> str:
     "Gradient norm and opacity over the steps of `metrics.jsonl` as an image; '' below two lines."
-    rows = read_rows(path)
+    names = ("gradient_norm", "opacity")
+    rows = read_rows(path, "step", *names)
     if len(rows) < 2:
         return ""
-    figure = curves(
-        [row["step"] for row in rows],
-        {
-            "gradient norm": [row["gradient_norm"] for row in rows],
-            "opacity": [row["opacity"] for row in rows],
-        },
-        xlabel="step",
-        log="y",
-    )
+    lines = {name.replace("_", " "): [float(row[name]) for row in rows] for name in names}
+    figure = curves([float(row["step"]) for row in rows], lines, xlabel="step", log="y")
     with io.BytesIO() as buffer:
         figure.savefig(buffer, format="png", dpi=100)
         return inline(Image.open(buffer), "gradient norm and opacity over the steps")
