@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['COMMANDS', 'QUIET', 'QUIET_DOES', 'MEMORY_OPTIONS', 'command_class', 'overview', 'package_version', 'option_sentence',
-           'error_sentence', 'Command', 'preset_of', 'prepare_train', 'parse', 'warnings_in_one_line',
-           'without_progress', 'memory_remedy', 'run_command']
+           'error_sentence', 'Command', 'preset_of', 'prepare_train', 'parse', 'warnings_in_one_line', 'memory_remedy',
+           'without_progress', 'run_command']
 
 # %% ../../nbs/90_commands/40_cli.ipynb #e3236d70
 import argparse
@@ -218,7 +218,7 @@ def warnings_in_one_line() -> Iterator[None]:
         warnings.showwarning = show
         yield
 
-# %% ../../nbs/90_commands/40_cli.ipynb #b04f8261
+# %% ../../nbs/90_commands/40_cli.ipynb #a3e1c0d4
 MEMORY_OPTIONS = {  # what bounds the memory of a command's work; training names its own
     "train": "--eval-views",
     "evaluate": "--views",
@@ -229,6 +229,12 @@ MEMORY_OPTIONS = {  # what bounds the memory of a command's work; training names
 }
 
 
+def memory_remedy(argv: list[str]) -> str:
+    "What to do where a command runs out of memory."
+    option = MEMORY_OPTIONS.get(argv[0] if argv else "")
+    return f"lower {option}" if option else "end other programs, or use a machine with more"
+
+# %% ../../nbs/90_commands/40_cli.ipynb #b04f8261
 @contextlib.contextmanager
 def without_progress() -> Iterator[None]:
     "Inside, nothing is written to stdout, and no progress bar of any library to stderr."
@@ -241,12 +247,6 @@ def without_progress() -> Iterator[None]:
         os.environ.pop("TQDM_DISABLE")
         if before is not None:
             os.environ["TQDM_DISABLE"] = before
-
-
-def memory_remedy(argv: list[str]) -> str:
-    "What to do where a command runs out of memory."
-    option = MEMORY_OPTIONS.get(argv[0] if argv else "")
-    return f"lower {option}" if option else "end other programs, or use a machine with more"
 
 
 def run_command(argv: list[str] | None = None, on_ready: Callable[[], Any] = lambda: None) -> int:

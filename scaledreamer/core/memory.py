@@ -122,8 +122,8 @@ def is_out_of_memory(error: BaseException | None) -> bool:
     )
 
 # %% ../../nbs/10_core/80_memory.ipynb #e6edf91a
-def memory_sentence(error: BaseException, lower: str) -> str:
-    "What was too much, where the error tells, and what to lower."
+def memory_sentence(error: BaseException, remedy: str) -> str:
+    "What was too much, where the error tells, and what to do."
     text = str(error)
     amount = re.search(r"[Aa]llocate (\d+) bytes|[Aa]llocate ([\d.]+ [KMGTP]i?B)", text)
     asked = ""
@@ -131,15 +131,15 @@ def memory_sentence(error: BaseException, lower: str) -> str:
         size = f"{int(amount[1]) / 1e9:.3g} GB" if amount[1] else amount[2]
         asked = f" ({size} more were needed at once)"
     place = " of the GPU" if "CUDA" in text or "CUBLAS" in text else ""
-    return f"the memory{place} is exhausted{asked}: lower {lower}"
+    return f"the memory{place} is exhausted{asked}: {remedy}"
 
 
 @contextmanager
-def memory_errors(lower: str) -> Iterator[None]:
-    "Inside, running out of memory becomes a `RunError` that says what to `lower`."
+def memory_errors(remedy: str) -> Iterator[None]:
+    "Inside, running out of memory becomes a `RunError` with the remedy, e.g. an option to lower."
     try:
         yield
     except (MemoryError, RuntimeError, OSError, ImportError) as error:
         if not is_out_of_memory(error):
             raise
-        raise RunError(memory_sentence(error, lower)) from None
+        raise RunError(memory_sentence(error, remedy)) from None
