@@ -12,15 +12,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Protocol, runtime_checkable
 
 import torch
-from diffusers import UNet2DConditionModel
-from diffusers.models.embeddings import TimestepEmbedding
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from ..core.settings import UsageError
 from ..prior.base import Evaluation, Prior, predict_noise_batched
 from ..prior.schedule import NoiseSchedule
-from ..prior.stable_diffusion import StableDiffusionPrior
 
 # %% ../../nbs/35_distill/80_estimator.ipynb #69ecc746
 @runtime_checkable
@@ -73,6 +70,8 @@ class CameraEmbedding(nn.Module):
     "What a camera adds to the time embedding. Input per row: the camera and a factor, 17 numbers."
 
     def __init__(self, width: int) -> None:
+        from diffusers.models.embeddings import TimestepEmbedding
+
         super().__init__()
         self.mlp = TimestepEmbedding(16, width)
         for weight in self.mlp.linear_2.parameters():
@@ -82,7 +81,7 @@ class CameraEmbedding(nn.Module):
         return self.mlp(labels[:, :16]) * labels[:, 16:]
 
 
-def adapted(unet: UNet2DConditionModel, rank: int = 4, seed: int = 0) -> UNet2DConditionModel:
+def adapted(unet: nn.Module, rank: int = 4, seed: int = 0) -> nn.Module:
     "A U-Net that shares the weights of `unet` and adds trainable weights for LoRA and a camera."
     from peft import LoraConfig, inject_adapter_in_model
 
@@ -183,6 +182,8 @@ class LoRAEstimator(_LoRAPredictions):
     """
 
     def __init__(self, prior: Prior, rank: int = 4, seed: int = 0) -> None:
+        from scaledreamer.prior.stable_diffusion import StableDiffusionPrior
+
         if not isinstance(prior, StableDiffusionPrior):
             raise UsageError(
                 f"{type(prior).__name__} has no U-Net for LoRA: give an estimator of your own "

@@ -32,8 +32,7 @@ from ..generator.hyper_ingp import HyperINGP, HyperINGPSettings, release_backgro
 from ..generator.ingp import INGP, INGPSettings
 from ..generator.triplane import Triplane, TriplaneSettings
 from ..prior.base import Prior
-from ..prior.execution import PriorSettings
-from ..prior.stable_diffusion import StableDiffusionPrior
+from ..prior.prior_settings import PriorSettings
 from ..prior.toybox_mixture import toybox_mixture
 from ..release.released_weights import ReleasedSettings
 from ..rendering.render_settings import RELEASE, RenderSettings
@@ -219,6 +218,7 @@ def make_estimator(settings: TrainSettings, prior: Prior) -> EstimatorTrainer | 
 # %% ../../nbs/70_training/20_train_settings.ipynb #12d9caca
 def build_prior(settings: TrainSettings, prompts: tuple[Prompt, ...], strict: bool = True) -> Prior:
     "The frozen 2D diffusion prior; it refuses texts that it cannot read, or warns if not strict."
+    from scaledreamer.prior.stable_diffusion import StableDiffusionPrior
     name = settings.prior
     if name == "mixture":
         texts = tuple(prompt.text for prompt in prompts)
