@@ -43,7 +43,7 @@ def repeated_texts(texts: Iterable[tuple[str, str]]) -> str:
     "What is repeated among (text, split) pairs, in words; empty without repetitions."
     counts = Counter(texts)
     spare = sum(counts.values()) - len(counts)
-    shared = len(counts) - len({text for text, _ in counts})
+    shared = sum(splits > 1 for splits in Counter(text for text, _ in counts).values())
     parts = []
     if spare:
         (text, _), most = counts.most_common(1)[0]
