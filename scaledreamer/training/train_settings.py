@@ -218,12 +218,13 @@ def make_estimator(settings: TrainSettings, prior: Prior) -> EstimatorTrainer | 
 # %% ../../nbs/70_training/20_train_settings.ipynb #12d9caca
 def build_prior(settings: TrainSettings, prompts: tuple[Prompt, ...], strict: bool = True) -> Prior:
     "The frozen 2D diffusion prior; it refuses texts that it cannot read, or warns if not strict."
-    from scaledreamer.prior.stable_diffusion import StableDiffusionPrior
     name = settings.prior
     if name == "mixture":
         texts = tuple(prompt.text for prompt in prompts)
         mode = "words" if settings.distill.view_prompting in ("words", "perp-neg") else "tokens"
         return toybox_mixture(texts, mode, seed=settings.seed).to(settings.device)
+    from scaledreamer.prior.stable_diffusion import StableDiffusionPrior
+
     options = {"settings": settings.prior_settings, "device": settings.device, "strict": strict}
     if name == "tiny-sd":
         return StableDiffusionPrior.from_pretrained(**options)
