@@ -38,13 +38,14 @@ def check_sizes(file: Path, config: dict[str, Any]) -> None:
     for key, value in config.items():
         if not _SIZES.search(key) or value is None or isinstance(value, bool):
             continue  # a switch such as only_cross_attention is no size
-        most = 200 if _COUNTS.search(key) and "channels" not in key else 1 << 20
+        low = 0 if key.endswith("coder_blocks") else 1  # of AutoencoderTiny
+        high = 200 if _COUNTS.search(key) and "channels" not in key else 1 << 20
         numbers = _numbers(value)
-        fits = all(type(x) is int and 1 <= x <= most for x in numbers)
+        fits = all(type(x) is int and low <= x <= high for x in numbers)
         if not numbers or len(numbers) > 64 or not fits:
             raise UsageError(
                 f"{shown_path(file)}: {key} is {shorten(value, json.dumps)}: expected an integer, "
-                f"or a list of them, from 1 to {most}; {REMEDY}"
+                f"or a list of them, from {low} to {high}; {REMEDY}"
             )
 
 # %% ../../nbs/30_prior/65_pipeline_configs.ipynb #d826414d
