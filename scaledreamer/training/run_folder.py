@@ -176,6 +176,11 @@ def check_run_folder(
     "Raises `UsageError` for a folder that cannot take this run, `RunError` for a damaged one."
     if os.path.lexists(folder) and not folder.is_dir():
         raise UsageError(f"{shown_path(folder)} is no folder: give a folder as --out")
+    if resume and os.path.lexists(folder / "import.json"):
+        raise UsageError(
+            f"{shown_path(folder)} has imported weights without a state of Adam, for evaluation and "
+            "export: training needs another --out"
+        )
     if not built:
         check_unlocked(folder)
     with writing(folder):
