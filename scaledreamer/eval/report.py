@@ -51,8 +51,8 @@ class Gallery:
 
 
 def make_gallery(name: str, texts: Sequence[str], scorer: Scorer) -> Gallery:
-    """The gallery `own` has no suffix, `toybox-800` has `_toybox_800`. Texts that differ only in case
-    and blanks, which CLIP does not read, are one."""
+    """The gallery `own` has no suffix, `toybox-800` has `_toybox_800`. Texts that differ only in
+    case and blanks, which CLIP does not read, are one."""
     plain = {text: " ".join(text.lower().split()) for text in texts}
     first = {plain[text]: text for text in reversed(texts)}
     unique = [text for text in plain if first[plain[text]] == text]
