@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['optimizer_tensors', 'load_optimizer', 'first_names', 'saved_tensors', 'save_checkpoint', 'checkpoint_steps',
-           'UnusableCheckpoint', 'read_tensors', 'load_checkpoint', 'load_newest']
+           'unfinished_checkpoints', 'UnusableCheckpoint', 'read_tensors', 'load_checkpoint', 'load_newest']
 
 # %% ../../nbs/70_training/30_checkpoints.ipynb #4be7c321
 import json
@@ -143,12 +143,24 @@ def save_checkpoint(
     return final
 
 # %% ../../nbs/70_training/30_checkpoints.ipynb #ab5cc35a
+def _numbered(folder: Path) -> dict[int, Path]:
+    "What has the name of a checkpoint, by step, ascending."
+    if not folder.is_dir():
+        return {}
+    found = {int(path.name): path for path in folder.iterdir() if path.name.isdecimal()}
+    return dict(sorted(found.items()))
+
+
 def checkpoint_steps(folder: Path) -> list[int]:
     "The steps of all finished checkpoints, ascending."
-    if not folder.is_dir():
-        return []
-    finished = [path.parent.name for path in folder.glob("[0-9]*/state.json")]
-    return sorted(int(name) for name in finished if name.isdecimal())
+    found = _numbered(folder).items()
+    return [step for step, path in found if os.path.lexists(path / "state.json")]
+
+
+def unfinished_checkpoints(folder: Path) -> list[Path]:
+    "Checkpoints without `state.json`, e.g. of a copy that was interrupted, and files of that name."
+    found = _numbered(folder).values()
+    return [path for path in found if not os.path.lexists(path / "state.json")]
 
 # %% ../../nbs/70_training/30_checkpoints.ipynb #b2974b95
 class UnusableCheckpoint(RunError):
@@ -248,9 +260,12 @@ def load_newest(
 ) -> tuple[int, list[Path]]:  # its step, and newer checkpoints that cannot be used
     "Load the newest whole checkpoint. Raises `RunError` if there is none."
     errors: dict[Path, UnusableCheckpoint] = {}
-    for step in reversed(checkpoint_steps(folder)):
-        path = folder / f"{step:06d}"
+    unfinished = unfinished_checkpoints(folder)
+    for step, path in reversed(_numbered(folder).items()):
         try:
+            if path in unfinished:
+                cause = f"{shown_path(path)} is not finished (it has no state.json)"
+                raise UnusableCheckpoint(cause, _RESTORE)
             load_checkpoint(path, generator, optimizer, estimator)
         except UnusableCheckpoint as error:
             errors[path] = error
@@ -260,5 +275,5 @@ def load_newest(
             warnings.warn(f"{cause}; the checkpoint of step {step} is used", stacklevel=3)
         return step, list(errors)
     if not errors:
-        raise RunError(f"{shown_path(folder)} has no finished checkpoint: train the run")
+        raise RunError(f"{shown_path(folder)} has no checkpoint: train the run")
     raise next(iter(errors.values()))

@@ -6,9 +6,11 @@
 __all__ = ['validation_picture', 'train_steps', 'interruptible', 'train', 'open_run']
 
 # %% ../../nbs/70_training/50_trainer.ipynb #19adbb7f
+import os
 import signal
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -27,7 +29,7 @@ from ..core.settings import RunError, UsageError
 from ..core.tensors import best_device, devices
 from ..rendering.volume import render_views
 from .checkpoints import checkpoint_steps, load_checkpoint, load_newest
-from .checkpoints import save_checkpoint
+from .checkpoints import save_checkpoint, unfinished_checkpoints
 from .corpora import read_manifest
 from .memory import check_memory, what_to_lower
 from .run import Run, build
@@ -55,16 +57,16 @@ def _save(run: Run, optimizer: torch.optim.Optimizer) -> None:
 
 # %% ../../nbs/70_training/50_trainer.ipynb #23a88ba7
 def _after_step(run: Run, optimizer: torch.optim.Optimizer) -> None:
-    "Validation picture and checkpoint, if they are due after `run.step` steps."
+    "Checkpoint and validation picture, if they are due after `run.step` steps."
     settings = run.settings
     validate = run.step % settings.validate_every == 0
     checkpoint = run.step % settings.checkpoint_every == 0
     if validate or checkpoint:
         run.monitor.flush({})  # raises if a step so far was not finite
-    if validate:
-        validation_picture(run, run.folder / "validation" / f"{run.step:06d}.png")
     if checkpoint:
         _save(run, optimizer)
+    if validate:
+        validation_picture(run, run.folder / "validation" / f"{run.step:06d}.png")
 
 
 def train_steps(
@@ -130,12 +132,21 @@ def _adam(run: Run) -> torch.optim.Adam:
 def _resume(run: Run, optimizer: torch.optim.Optimizer) -> None:
     """Load the newest whole checkpoint, if there is one, and drop what was logged after it.
 
-    Damaged checkpoints and logs are kept under other names."""
+    Whatever is damaged in the folder is kept under another name."""
+    for name in ("checkpoints", "validation"):
+        path = run.folder / name
+        if os.path.lexists(path) and not path.is_dir():
+            aside = set_aside(path).name
+            warnings.warn(f"{shown_path(path)} is no folder; it is now {aside}", stacklevel=3)
     checkpoints = run.folder / "checkpoints"
+    damaged = unfinished_checkpoints(checkpoints)
     if checkpoint_steps(checkpoints):
-        run.step, damaged = load_newest(checkpoints, run.generator, optimizer, run.estimator)
-        for path in damaged:
-            set_aside(path)
+        run.step, newer = load_newest(checkpoints, run.generator, optimizer, run.estimator)
+        damaged += [path for path in newer if path not in damaged]
+    elif os.path.lexists(run.folder / "sessions.jsonl"):
+        warnings.warn(f"{shown_path(run.folder)} has no checkpoint: it starts anew", stacklevel=3)
+    for path in damaged:
+        set_aside(path)
     truncate_metrics(run.folder / "metrics.jsonl", run.step)
     repair_log(run.folder / "sessions.jsonl", "first", "last", "seconds")
 
