@@ -16,7 +16,7 @@ import tyro
 from .shared import Stopped, check_place
 from ..core.settings import Interval, check_ranges
 from ..core.tensors import best_device
-from ..training.run_prompts import corpus_name, training_prompts
+from ..training.run_prompts import corpus_name
 from ..training.train_settings import TrainSettings
 
 # %% ../../nbs/90_commands/34_train.ipynb #c5f467a1
@@ -32,6 +32,9 @@ class Train:
     resume: bool = False  # continue the run in the folder from its last checkpoint
     # preset whose settings are the defaults of the other options
     preset: Literal["toybox", "paper"] = "toybox"
+    # CLIP model of the evaluation: open_clip folder, NAME:PRETRAINED or tiny-clip; None: tiny-clip
+    # for a prior of Toybox, otherwise ViT-L-14:openai if it was downloaded before
+    clip: str | None = None
     eval_views: int = 120  # views per prompt in the final evaluation, from 0 to 4096 (0: none)
 
     def __post_init__(self):
@@ -53,26 +56,34 @@ class Train:
 # %% ../../nbs/90_commands/34_train.ipynb #3862f265
 def train_and_evaluate(options: Train) -> str:
     "Train, print the metrics of the result, and return the line that names the run folder."
-    from scaledreamer.commands.evaluate import ClipScorer, evaluate_run, summary
+    from scaledreamer.commands.evaluate import evaluate_run, named_scorer, scorer_for, summary
     from scaledreamer.training.memory import memory_line
+    from scaledreamer.training.method_defaults import describe_method
     from scaledreamer.training.trainer import train
 
     settings, folder = options.settings, options.folder
     check_place(folder, "--out")
-    scorer = None
-    if options.eval_views:
-        scorer = ClipScorer.load(device=best_device(settings.device))
-        scorer.check([prompt.text for prompt in training_prompts(settings)])
+    scorer, started = None, False
+    if options.eval_views and options.clip:  # a wrong name is found before the prior is opened
+        scorer = named_scorer(options.clip, best_device(settings.device))
+
+    def starting(run):
+        nonlocal scorer, started
+        print(describe_method(run.settings))
+        print(memory_line(run))
+        scorer, started = scorer_for(run, scorer) if options.eval_views else None, True
+
     if options.resume and not folder.exists():
         print(f"nothing to resume in {folder}: starting anew", file=sys.stderr)
     try:
-        run = train(folder, settings, options.resume, on_start=lambda run: print(memory_line(run)))
+        run = train(folder, settings, options.resume, on_start=starting)
     except KeyboardInterrupt:
         raise Stopped(
             "stopped; what is done is saved: give the same command with --resume to go on"
         ) from None
     try:
-        if scorer:
+        if options.eval_views:
+            scorer = scorer if started else scorer_for(run, scorer)  # a run that was done already
             print(summary(evaluate_run(run, scorer, options.eval_views)))
     except KeyboardInterrupt:
         raise Stopped(

@@ -32,6 +32,7 @@ from .checkpoints import checkpoint_steps, load_checkpoint, load_newest
 from .checkpoints import save_checkpoint, unfinished_checkpoints
 from .corpora import read_manifest
 from .memory import check_memory, what_to_lower
+from .method_defaults import resolve_as_before
 from .run import Run, build
 from .run_folder import check_run_folder, log_session, read_run_settings
 from .run_folder import start_folder
@@ -173,6 +174,8 @@ def train(
     settings = replace(settings, device=str(best_device(settings.device)))
     prompts = training_prompts(settings)
     check_run_folder(folder, settings, prompts, resume)
+    if resume and (folder / "config.json").exists():
+        settings = resolve_as_before(settings, read_run_settings(folder))
     run = build(folder, settings, prompts, make_generator)
     check_memory(run)
     with locked_folder(folder):
@@ -231,7 +234,7 @@ def open_run(
     if not steps or step not in (None, *steps):
         found = f"no checkpoint {step}, only {steps}" if steps else "no finished checkpoint"
         raise RunError(f"{folder} has {found}: train it, or go on with --resume")
-    run = build(folder, settings, prompts, make_generator)
+    run = build(folder, settings, prompts, make_generator, trained=True)
     if step is None:
         run.step, _ = load_newest(checkpoints, run.generator, estimator=run.estimator)
     else:
