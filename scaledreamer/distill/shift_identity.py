@@ -18,9 +18,7 @@ from ..prior.schedule import NoiseSchedule
 # %% ../../nbs/35_distill/55_shift_identity.ipynb #bb6d907f
 def shift_probabilities(
     shift: RangedShift,
-    window: tuple[
-        int, int
-    ],  # smallest and largest t, both included; the shift's t_min is the first
+    window: tuple[int, int],  # smallest t, which is the shift's t_min, and largest, both included
     last: int = 999,  # T - 1
 ) -> Float[Tensor, "k T"]:
     "P(u | t) as it is drawn, dt cut to an integer: a row per t of the window, a column per u."
