@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from ..core.files import shown_path, write_json_atomic
-from ..core.settings import UsageError
+from ..core.folder_lock import locked_folder
 from ..core.tensors import best_device
 from ..distill.distill_settings import DistillSettings
 from ..release.import_weights import Imported, import_weights
@@ -74,14 +74,11 @@ def import_run(
     Raises `UsageError` or `RunError` if it cannot be made."""
     found, folder = import_weights(path, heads, config), Path(out)
     settings, prompts = import_settings(found, prior, corpus, device), load_corpus(corpus)
-    if folder.is_dir() and any(folder.iterdir()):
-        raise UsageError(f"{folder} exists and is not empty: give another --out")
     check_run_folder(folder, settings, prompts, resume=False)
     run = build(folder, settings, prompts)
     run.generator.load_state_dict(found.generator.state_dict())
     run.generator.eval()
     run.step = found.step
-    start_folder(run)
     record = {
         "file": Path(path).name,
         "generator": found.release.name,
@@ -91,6 +88,9 @@ def import_run(
         "config": found.config.path.name if found.config.path else None,
         "assumed": found.assumed,
     }
-    write_json_atomic(folder / "import.json", record)
-    save_checkpoint(folder / "checkpoints", found.step, run.generator, None)
+    with locked_folder(folder):
+        check_run_folder(folder, run.settings, prompts, resume=False, built=True)
+        start_folder(run)
+        write_json_atomic(folder / "import.json", record)
+        save_checkpoint(folder / "checkpoints", found.step, run.generator, None)
     return run, found
