@@ -21,7 +21,7 @@ from .stopwatch import split
 from ..generator.generator_base import FieldScene
 from ..prior.stable_diffusion import StableDiffusionPrior
 from ..training.train_settings import GENERATORS
-from ..view import mesh
+from ..view import marching_cubes, mesh
 
 # %% ../../nbs/85_bench/50_mesh_speed.ipynb #91a5bf97
 def plain_twin(generator: nn.Module) -> nn.Module:
@@ -58,8 +58,8 @@ def measures(made: trimesh.Trimesh) -> Results:
 
 # %% ../../nbs/85_bench/50_mesh_speed.ipynb #b41b94d9
 MESH_PLACES = [
-    (mesh, "field_grid", "field"),
-    (mesh, "triangulate", "marching cubes"),
+    (mesh, "field_layers", "field"),
+    (marching_cubes, "layer_triangles", "marching cubes"),
     (FieldScene, "color", "colors"),
     (mesh, "save_mesh", "writing"),
 ]

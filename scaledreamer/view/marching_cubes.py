@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..core.settings import RunError
 
-# %% ../../nbs/80_view/15_marching_cubes.ipynb #2005ecb6
+# %% ../../nbs/80_view/15_marching_cubes.ipynb #1c118229
 def check_finite_plane(
     plane: Float[np.ndarray, "r r"],
     k: int,  # its number along x
@@ -37,7 +37,7 @@ def check_finite_plane(
 def padded_planes(
     planes: Iterable[Float[Tensor, "r r"]],
     half: float,  # half the side of the cube, world units
-) -> Iterator[Float[np.ndarray, "r2 r2"]]:  # two wider, and two planes more
+) -> Iterator[Float[np.ndarray, "s s"]]:  # two wider, and two planes more
     "The planes inside a margin of empty cells, without zeros. Raises `RunError` unless finite."
     for k, plane in enumerate(planes):
         plane, cell = np.asarray(plane, np.float32), 2 * half / len(plane)
@@ -50,25 +50,25 @@ def padded_planes(
         yield plane
     yield margin
 
-# %% ../../nbs/80_view/15_marching_cubes.ipynb #93bc04b8
+# %% ../../nbs/80_view/15_marching_cubes.ipynb #41428a46
 Triangles = tuple[Float[np.ndarray, "n 3"], Int[np.ndarray, "m 3"]]
 
 
 def layer_triangles(
-    low: Float[np.ndarray, "m n"], high: Float[np.ndarray, "m n"]
+    low: Float[np.ndarray, "h w"], high: Float[np.ndarray, "h w"]
 ) -> Triangles:  # vertices in cells, the first coordinate from 0 to 1; corners of each triangle
     "The surface between two planes of values without zeros; empty where all have one sign."
     if min(low.min(), high.min()) > 0 or max(low.max(), high.max()) < 0:
         return np.empty((0, 3), np.float32), np.empty((0, 3), np.int32)
     return marching_cubes(np.stack([low, high]), 0.0)[:2]  # its default leaves small values inside
 
-# %% ../../nbs/80_view/15_marching_cubes.ipynb #4f38aa64
+# %% ../../nbs/80_view/15_marching_cubes.ipynb #2f5bd1bd
 def _position(vertices: Float[np.ndarray, "n 3"]) -> Int[np.ndarray, " n"]:
     "The position within a plane as one number, equal where both coordinates are."
     return np.ascontiguousarray(vertices[:, 1:], np.float32).view(np.int64)[:, 0]
 
 
-def join_layers(planes: Iterable[Float[np.ndarray, "m n"]]) -> Triangles:  # in cells
+def join_layers(planes: Iterable[Float[np.ndarray, "h w"]]) -> Triangles:  # in cells
     "The surface of a grid from two neighbouring planes at a time."
     vertices, faces, count = [np.empty((0, 3))], [np.empty((0, 3), np.int64)], 0
     known, numbers = np.empty(0, np.int64), np.empty(0, np.int64)  # of the lower plane, sorted
@@ -94,7 +94,7 @@ def triangulate(
     "Closed surface around the negative values. Raises `RunError` where there is none."
     inside, cells = [], []
 
-    def watched() -> Iterator[Float[np.ndarray, "r2 r2"]]:
+    def watched() -> Iterator[Float[np.ndarray, "s s"]]:
         for plane in padded_planes(planes, half):
             inside.append(int((plane < 0).sum()))
             cells.append(len(plane) - 2)
