@@ -130,6 +130,12 @@ def _adam(run: Run) -> torch.optim.Adam:
     return torch.optim.Adam(weights, optim.lr, optim.betas, optim.eps, fused=fused)
 
 
+def _as_started(folder: Path, settings: TrainSettings) -> TrainSettings:
+    "Settings whose defaults are those that the run in the folder was started with, if any."
+    started = (folder / "config.json").exists()
+    return resolve_as_before(settings, read_run_settings(folder)) if started else settings
+
+
 def _resume(run: Run, optimizer: torch.optim.Optimizer) -> None:
     """Load the newest whole checkpoint, if there is one, and drop what was logged after it.
 
@@ -168,14 +174,12 @@ def train(
     `settings.generator` then only names. `on_start` receives the run before its first step,
     `on_step` every step and its metrics, whose values wait for the device. An interrupt saves a
     checkpoint before it is raised. The folder is locked meanwhile: a second run in it is refused.
-    Raises `UsageError` before the folder is made where a step [cannot fit](42_memory.ipynb) the
-    memory."""
+    Raises `UsageError` before the folder is made if a step [cannot fit](42_memory.ipynb)."""
     folder, started = Path(folder), time.monotonic()
     settings = replace(settings, device=str(best_device(settings.device)))
     prompts = training_prompts(settings)
     check_run_folder(folder, settings, prompts, resume)
-    if resume and (folder / "config.json").exists():
-        settings = resolve_as_before(settings, read_run_settings(folder))
+    settings = _as_started(folder, settings) if resume else settings
     run = build(folder, settings, prompts, make_generator)
     check_memory(run)
     with locked_folder(folder):
