@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 import tyro
 
+from .shared import check_place
 from ..core.files import write_json_atomic
 from ..core.settings import Interval, check_ranges
 from ..core.tensors import machine
@@ -128,8 +129,13 @@ class Evaluate:
     def __post_init__(self):
         check_ranges(self, views=Interval(1, 4096))
 
+    def load(self) -> None:
+        "Import the slow library before the work begins."
+        import open_clip  # noqa: F401
+
     def run(self) -> str:
         run = open_run(self.folder, prior=self.prior)
+        check_place(self.folder, "the run folder")
         named = named_scorer(self.clip, run.settings.device) if self.clip else None
         print(summary(evaluate_run(run, scorer_for(run, named), self.views)))
         return f"evaluation: {self.folder / 'eval.json'}"
