@@ -105,16 +105,17 @@ def table_rows(content: str, path: str, separator: str) -> Iterator[tuple[int, l
 
 def table_prompts(content: str, path: str, separators: str) -> Iterator[tuple[str, str]]:
     "(text, split) pairs of a table. Raises `UsageError` for one without a text column."
+    headers = []
     for separator in separators:
         rows = table_rows(content, path, separator)
         _, header = next(rows, (0, []))
-        names = [name.strip().lower() for name in header]
+        headers.append(names := [name.strip().lower() for name in header])
         if set(names) & set(TEXT_COLUMNS):
             break
     else:
         if names:
             raise UsageError(
-                f"{path} has the columns {shorten(', '.join(names), str)}: "
+                f"{path} has the columns {shorten(', '.join(headers[0]), str)}: "
                 f"expected one of {', '.join(TEXT_COLUMNS)} in its first line"
             )
     for line, row in rows:
