@@ -290,13 +290,28 @@ def test_files_cut_short_are_named(pipeline, tmp_path):
             StableDiffusionPrior.from_pretrained(folder)
 
 
-def test_pickles_are_not_opened(pipeline, tmp_path):
-    folder = copy_of(pipeline[1], tmp_path)
+class Hostile:
+    "Creates a file when it is unpickled."
+
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return open, (self.path, "w")
+
+
+def test_pickles_are_read_as_tensors_alone(pipeline, tmp_path):
+    folder, mark = copy_of(pipeline[1], tmp_path), tmp_path / "executed"
     (file,) = (folder / "unet").glob("*.safetensors")
     file.unlink()
-    torch.save(pipeline[0].unet.state_dict(), file.with_suffix(".bin"))
-    with pytest.raises(RunError, match="unet could not be loaded as UNet2DConditionModel"):
+    state = pipeline[0].unet.state_dict()
+    torch.save(state, file.with_suffix(".bin"))
+    loaded = StableDiffusionPrior.from_pretrained(folder).unet.state_dict()
+    assert all(torch.equal(loaded[key], value) for key, value in state.items())
+    torch.save({**state, "more": Hostile(mark)}, file.with_suffix(".bin"))
+    with pytest.raises(RunError, match=r"unet/.*\.bin could not be read \(it holds more than tens"):
         StableDiffusionPrior.from_pretrained(folder)
+    assert not mark.exists()
 
 
 def test_other_models_are_refused(pipeline, tmp_path):
@@ -305,11 +320,13 @@ def test_other_models_are_refused(pipeline, tmp_path):
     for change in (
         {"unet": ["diffusers", "SD3Transformer2DModel"]},
         {"text_encoder_2": ["transformers", "CLIPTextModel"]},
-        {"vae": [None, None]},
     ):
         (folder / "model_index.json").write_text(json.dumps(index | change))
         with pytest.raises(UsageError, match="expected a StableDiffusionPipeline"):
             StableDiffusionPrior.from_pretrained(folder)
+    (folder / "model_index.json").write_text(json.dumps(index | {"vae": [None, None]}))
+    with pytest.raises(UsageError, match=r"vae is \[null, null\] in this .*: expected a pair such"):
+        StableDiffusionPrior.from_pretrained(folder)
     with pytest.raises(UsageError, match="no folder"):
         StableDiffusionPrior.from_pretrained(tmp_path / "absent")
     with pytest.raises(RunError, match="no/such-model could not be read"):

@@ -6,6 +6,7 @@
 __all__ = ['REMEDY', 'check_sizes', 'fits_annotation', 'wrong_entry', 'loading']
 
 # %% ../../nbs/30_prior/65_pipeline_configs.ipynb #e12f0499
+import inspect
 import json
 import re
 from collections.abc import Iterator
@@ -81,11 +82,18 @@ def wrong_entry(cls: type, config: dict[str, Any], error: Exception) -> str | No
     message = f"{type(error).__name__} {error}"
     texts = [(k, x) for k, v in config.items() for x in _numbers(v) if isinstance(x, str)]
     named = [key for key, text in texts if len(text) > 2 and text in message]
+    defaults = inspect.signature(cls.__init__).parameters
+    named.sort(key=lambda key: key in defaults and defaults[key].default == config[key])
     return ([key for key in config if key in message] or named or [None])[0]
 
 # %% ../../nbs/30_prior/65_pipeline_configs.ipynb #4464592a
 @contextmanager
-def loading(file: Path, cls: type, config: dict[str, Any]) -> Iterator[None]:
+def loading(
+    file: Path,
+    cls: type,
+    config: dict[str, Any],
+    config_file: Path | None = None,  # of the configuration, if that is another file
+) -> Iterator[None]:
     "Inside, whatever a library raises becomes a `RunError` with the file and, if known, the entry."
     try:
         with quiet():
@@ -94,7 +102,9 @@ def loading(file: Path, cls: type, config: dict[str, Any]) -> Iterator[None]:
         raise
     except BaseException as error:  # tokenizers panics with one that is no Exception
         entry = wrong_entry(cls, config, error) if isinstance(error, Exception) else None
-        at = f": {entry} is {shorten(config[entry], json.dumps)}" if entry in config else ""
+        at = ""
+        if entry in config:
+            file, at = config_file or file, f": {entry} is {shorten(config[entry], json.dumps)}"
         raise RunError(
             f"{shown_path(file)}{at}: could not be loaded as {cls.__name__} "
             f"({type(error).__name__}: {shorten(first_line(error), str, 200)}): {REMEDY}"

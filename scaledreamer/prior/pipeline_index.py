@@ -96,8 +96,10 @@ def _entry(file: Path, index: dict[str, Any], part: str) -> str:
     if not pair or not all(isinstance(name, str) for name in value):
         found = "missing" if part not in index else shorten(value, json.dumps)
         example = json.dumps([library, CLASSES[part][0]])
+        kind = shorten(index.get("_class_name"), str)
         raise UsageError(
-            f"{shown_path(file)}: {part} is {found}: expected a pair such as {example}"
+            f"{shown_path(file)}: {part} is {found} in this {kind}: "
+            f"expected a pair such as {example}, as in a StableDiffusionPipeline"
         )
     if value[0] != library:
         raise UsageError(

@@ -8,6 +8,7 @@ __all__ = ['PREDICTION_TYPES', 'weight_files', 'load_network', 'load_tokenizer',
 # %% ../../nbs/30_prior/66_pipeline_parts.ipynb #fca870c4
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -80,16 +81,17 @@ def load_network(cls: Any, folder: Path, variant: str | None = None) -> nn.Modul
     (found, suffix), _ = weight_files(folder, variant)
     options = {"variant": found or None, "use_safetensors": suffix == "safetensors"}
     if cls is CLIPTextModel:
-        options["weights_only"] = True  # diffusers has no other way
+        options |= {"weights_only": True, "ignore_mismatched_sizes": True}  # they are listed
     with loading(file, cls, config):
         model, info = cls.from_pretrained(
             str(folder), output_loading_info=True, local_files_only=True, **options
         )
-    wrong = sorted(map(str, {*info["missing_keys"], *info["mismatched_keys"]}))
+    other = [key if isinstance(key, str) else key[0] for key in info["mismatched_keys"]]
+    wrong = sorted({*info["missing_keys"], *other})
     if wrong:
         raise RunError(
             f"{shown_path(folder)} lacks {len(wrong)} weights of its config.json, such as "
-            f"{wrong[0]}: its files belong to different models"
+            f"{wrong[0]}, or has them in other shapes: its files belong to different models"
         )
     return model.eval().requires_grad_(False)
 
@@ -134,7 +136,7 @@ def load_tokenizer(folder: Path) -> CLIPTokenizer:
             f"{shown_path(file)}: model_max_length is {shorten(length, json.dumps)}: expected an "
             f"integer of at least 3; {REMEDY}"
         )
-    with loading(folder / "tokenizer.json", CLIPTokenizer, config):
+    with loading(folder / "tokenizer.json", CLIPTokenizer, config, file):
         tokenizer = CLIPTokenizer.from_pretrained(str(folder), local_files_only=True)
         ids = {
             name: getattr(tokenizer, f"{name}_id")
@@ -157,33 +159,39 @@ def load_tokenizer(folder: Path) -> CLIPTokenizer:
 
 # %% ../../nbs/30_prior/66_pipeline_parts.ipynb #ada83609
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")  # sample: the network predicts x0
-_NUMBERS = {"num_train_timesteps": (2, 10**6), "beta_start": (0, 1), "beta_end": (0, 1)}
+_RANGES = {"num_train_timesteps": (2, 10**6), "beta_start": (0, 1), "beta_end": (0, 1)}
+
+
+def _scheduler_faults(config: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    "Entries that are wrong, or of another process, and what is expected."
+    if config.get("_class_name", "DDIMScheduler") not in SCHEDULERS:
+        yield "_class_name", "a scheduler of diffusers whose noise schedule can be read"
+    if config.get("use_flow_sigmas", False) not in (False, None):
+        yield "use_flow_sigmas", "false, since the velocity of a flow is not noise"
+    if config.get("prediction_type", "epsilon") not in PREDICTION_TYPES:
+        yield "prediction_type", "one of " + ", ".join(PREDICTION_TYPES)
+    if type(config.get("rescale_betas_zero_snr", False)) is not bool:
+        yield "rescale_betas_zero_snr", "true or false"
+    betas = config.get("trained_betas")
+    if betas is not None:
+        numbers = betas if isinstance(betas, list) else []
+        fits = all(type(x) in (int, float) and 0 <= x <= 1 for x in numbers)
+        if not fits or len(numbers) < 2:
+            yield "trained_betas", "null, or a list of numbers from 0 to 1"
+    elif "beta_schedule" not in config:
+        yield "beta_schedule", "the schedule of the noise, such as scaled_linear"
+    for key, (low, high) in _RANGES.items():
+        number, kinds = config.get(key), (int,) if low else (int, float)
+        given = key in config or (betas is None and not low)
+        if given and (type(number) not in kinds or not low <= number <= high):
+            yield key, f"{'an integer' if low else 'a number'} from {low} to {high}"
 
 
 def _check_scheduler(file: Path, config: dict[str, Any]) -> None:
-    "Raises `UsageError` for a scheduler whose process is another one, or entries out of range."
-
-    def refuse(key: str, expected: str) -> None:
-        found = shorten(config[key], json.dumps)
+    "Raises `UsageError` for the first fault."
+    for key, expected in _scheduler_faults(config):
+        found = shorten(config[key], json.dumps) if key in config else "missing"
         raise UsageError(f"{shown_path(file)}: {key} is {found}: expected {expected}")
-
-    if config.get("_class_name", "DDIMScheduler") not in SCHEDULERS:
-        refuse("_class_name", "a scheduler of diffusers whose noise schedule can be read")
-    if config.get("use_flow_sigmas", False) not in (False, None):
-        refuse("use_flow_sigmas", "false, since the velocity of a flow is not noise")
-    if config.get("prediction_type", "epsilon") not in PREDICTION_TYPES:
-        refuse("prediction_type", "one of " + ", ".join(PREDICTION_TYPES))
-    for key, (low, high) in _NUMBERS.items():
-        number = config.get(key, high / 2)
-        kinds = (int,) if key == "num_train_timesteps" else (int, float)
-        if key in config and (type(number) not in kinds or not low <= number <= high):
-            refuse(key, f"a number from {low} to {high}")
-    betas = config.get("trained_betas")
-    numbers = betas if isinstance(betas, list) else []
-    if betas is not None and (
-        len(numbers) < 2 or not all(type(x) in (int, float) and 0 <= x <= 1 for x in numbers)
-    ):
-        refuse("trained_betas", "null, or a list of numbers from 0 to 1")
 
 # %% ../../nbs/30_prior/66_pipeline_parts.ipynb #02635804
 def load_scheduler(
