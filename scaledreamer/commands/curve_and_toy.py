@@ -35,6 +35,7 @@ from ..toy.points import exact_vsd, ring
 from ..toy.study import plot_final, plot_study, run_images, run_points, save_study
 from ..toy.toy_settings import ToySettings
 from ..training.corpora import load_corpus
+from ..training.method_defaults import readable_terms
 from ..training.train_settings import ESTIMATOR_METHODS, METHODS, DistillSettings
 from ..training.train_settings import TrainSettings
 from ..training.train_settings import build_prior, method_of
@@ -197,8 +198,8 @@ class Toy:
     # 2D prior of images: tiny-sd, mixture (of toybox-15), or a Stable Diffusion folder or hub id
     prior: str = "tiny-sd"
     text: str = "a red car"  # prompt of the images; not accepted for points
-    defects: str = DEFECTS  # negative prompt of NFSD on images
-    description: str = DESCRIPTION  # appended to the text for SDS-Bridge's source prompt on images
+    defects: str | None = None  # NFSD's negative prompt; None: its paper's, as far as it is readable
+    description: str | None = None  # after the text in SDS-Bridge's source; None: as for defects
 
     def __post_init__(self):
         many, steps, scale = Interval(1, 10_000), Interval(1, 10**8), Interval(-1000, 1000)
@@ -236,24 +237,31 @@ def point_study(options: Toy) -> Callable[..., dict[str, Any]]:
     return partial(run_points, methods, range(options.seeds), prior, count=count, settings=settings)
 
 
-def method_texts(options: Toy) -> dict[str, str]:
-    "The texts that only NFSD and SDS-Bridge read, if these methods are named."
-    texts = {
-        "nfsd": ("nfsd_negative_prompt", options.defects),
-        "bridge": ("bridge_source_prompt", f"{options.text}, {options.description}"),
-    }
-    names = method_names(options.methods, tuple(METHODS))
-    return dict(texts[name] for name in names if name in texts)
+def method_texts(options: Toy, prior: Prior) -> dict[str, str]:
+    "The texts that only NFSD and SDS-Bridge read, if these methods are named; prints them."
+    names, texts = method_names(options.methods, tuple(METHODS)), {}
+    if "nfsd" in names:
+        given = options.defects
+        text = readable_terms(prior, DEFECTS) if given is None else given
+        texts["nfsd_negative_prompt"] = text
+    if "bridge" in names:
+        given, prompt = options.description, options.text
+        text = readable_terms(prior, DESCRIPTION, [prompt]) if given is None else given
+        texts["bridge_source_prompt"] = f"{prompt}, {text}" if text else ""
+    for name, text in texts.items():
+        print(f"{name}: {text!r}")
+    return texts
 
 
 def image_study(options: Toy) -> Callable[..., dict[str, Any]]:
     "The study on images of a prior, ready to run."
     count = options.count or 4
-    texts = method_texts(options)
+    method_names(options.methods, tuple(METHODS))  # refused before the prior is opened
+    prior = build_prior(TrainSettings(prior=options.prior), load_corpus("toybox-15"))
+    texts = method_texts(options, prior)
     settings = replace(
         image_settings(options.steps or 300), eta=options.eta, shift=options.shift, **texts
     )
-    prior = build_prior(TrainSettings(prior=options.prior), load_corpus("toybox-15"))
     methods = make_methods(options.methods, prior, count, options.guidance, exact=False)
     seeds = range(options.seeds)
     return partial(run_images, methods, seeds, prior, options.text, count=count, settings=settings)
