@@ -18,11 +18,17 @@ from ..core.settings import UsageError
 from ..core.tensors import expand_per_item
 
 # %% ../../nbs/30_prior/10_schedule.ipynb #7836354d
+def _placed(table: Float[Tensor, " steps"], device: str | torch.device) -> Float[Tensor, " steps"]:
+    "The table on a device, in float32 on MPS, which has no float64."
+    short = torch.device(device).type == "mps" and table.dtype == torch.float64
+    return (table.float() if short else table).to(device)
+
+
 def _rows(table: Float[Tensor, " steps"], t: Int[Tensor, " b"]) -> Float[Tensor, " b"]:
     if t.is_floating_point() or t.ndim != 1:
         raise UsageError(f"t is {t.dtype} of shape {list(t.shape)}: expected one integer per item")
     try:
-        return table.to(t.device).index_select(0, t)
+        return _placed(table, t.device).index_select(0, t)
     except IndexError:
         raise UsageError(
             f"t runs from {t.min()} to {t.max()}: expected timesteps from 0 to {len(table) - 1}"
@@ -60,7 +66,7 @@ class AlphaTable:
         return len(self.alphas_cumprod)
 
     def to(self, device: str | torch.device) -> Self:
-        return type(self)(self.alphas_cumprod.to(device))
+        return type(self)(_placed(self.alphas_cumprod, device))
 
     @cached_property
     def _roots(self) -> tuple[Tensor, Tensor]:  # alpha and sigma [steps]
@@ -122,11 +128,16 @@ def from_diffusers(
     scheduler: Any,  # of diffusers, e.g. DDPMScheduler
 ) -> NoiseSchedule:
     """The forward process of a diffusers scheduler.
-    Raises `UsageError` for one without `alphas_cumprod`, such as flow matching."""
+    Raises `UsageError` for one without `alphas_cumprod`, such as flow matching, or without noise."""
     table = getattr(scheduler, "alphas_cumprod", None)
-    if table is None:
+    if not isinstance(table, Tensor):
         raise UsageError(
             f"{type(scheduler).__name__} has no alphas_cumprod: "
             "expected a scheduler of integer timesteps such as DDPMScheduler"
+        )
+    if table.ndim == 1 and len(table) and not table[-1] < table[0]:
+        raise UsageError(
+            f"scheduler: alphas_cumprod is {table[0].item():.4g} from the first to the last timestep: "
+            "expected a schedule that adds noise"
         )
     return NoiseSchedule(table.detach().double().cpu())
