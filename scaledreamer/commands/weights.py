@@ -29,11 +29,15 @@ class ImportWeights:
     # prompts of the run folder: toybox-15, toybox-800, or a .txt, .json, .jsonl, .csv, .tsv or
     # .yaml file
     corpus: str = "toybox-15"
-    # attention heads of a Triplane-Transformer, which no checkpoint stores (the released one: 16)
+    # attention heads of a Triplane-Transformer, which no checkpoint stores (the released one: 16),
+    # from 1 to 1024
     heads: int | None = None
     # configs/parsed.yaml of the training run; None: the one beside the checkpoint, if there is one
     config: Path | None = None
     device: str = "cpu"  # device to use: cpu, cuda, cuda:1, mps, or auto (the best available)
+
+    def __post_init__(self):
+        check_ranges(self, heads=Interval(1, 1024))
 
     def run(self) -> str:
         _, found = import_run(

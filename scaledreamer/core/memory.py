@@ -55,9 +55,10 @@ def _group_memory(folder: Path) -> int | None:
 def group_memory(root: Path = Path("/")) -> int | None:
     "Bytes left in the control groups of this process; None without a limit."
     try:
-        lines = (root / "proc/self/cgroup").read_text(encoding="utf-8").splitlines()
+        text = (root / "proc/self/cgroup").read_text(encoding="utf-8", errors="replace")
     except OSError:
         return None
+    lines = text.splitlines()
     left = []
     for _, kinds, path in (line.split(":", 2) for line in lines if line.count(":") >= 2):
         if kinds and "memory" not in kinds.split(","):

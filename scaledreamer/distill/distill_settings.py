@@ -31,13 +31,13 @@ DESCRIPTION = (
 class QuerySettings:
     "Where a prior is queried: the window of timesteps, the shift, and the negative texts."
 
-    # length of the range of ASD's shift, as a fraction of t - t_min, 0 to 1 (0.1 in the paper)
+    # length of the range of ASD's shift, as a fraction of t - t_min, from 0 to 1 (0.1: the paper)
     eta: float = 0.1
     # random: the shift is uniform in its range; deterministic: always the length of the range
     shift: Literal["random", "deterministic"] = "random"
-    # smallest and largest timestep at the first step, as fractions of T, 0 to below 1
+    # smallest and largest timestep at the first step, as fractions of T, from 0 to below 1
     window_start: tuple[float, float] = (0.5, 0.98)
-    # smallest and largest timestep at the last step, as fractions of T, 0 to below 1
+    # smallest and largest timestep at the last step, as fractions of T, from 0 to below 1
     window_end: tuple[float, float] = (0.02, 0.5)
     # text of the unconditional prediction in classifier-free guidance; empty: no text
     negative_prompt: str = ""
@@ -66,17 +66,19 @@ class QuerySettings:
 class DistillSettings(QuerySettings):
     "How the noise predictions of the prior become a gradient in a training run."
 
-    # classifier-free guidance scale of the target prediction; auto: the method's own for this
-    # prior; None: the value in the method's paper
+    # classifier-free guidance scale of the target prediction, from -10000 to 10000; auto: the
+    # method's own for this prior; None: the value in the method's paper
     guidance: float | Literal["auto"] | None = "auto"
-    # factor on the distillation loss, beside the regularisers, above 0; auto: the method's own
+    # factor on the distillation loss, beside the regularisers, above 0 and up to 10^6; auto: the
+    # method's own
     weight: float | Literal["auto"] = "auto"
     # how a prompt names its view: tokens of 15 degrees, words, perp-neg, or plain (not at all);
     # auto: tokens if the prior knows them, otherwise words
     view_prompting: ViewPrompting = "auto"
-    # learning rate of the estimator of VSD and ESD, above 0; the default is for Stable Diffusion
+    # learning rate of the estimator of VSD and ESD, above 0 and up to 1; the default is for Stable
+    # Diffusion
     estimator_lr: float = 1e-4
-    # fraction of the run after which SDS-Bridge takes over from SDS, 0 to 1
+    # fraction of the run after which SDS-Bridge takes over from SDS, from 0 to 1
     bridge_start: float = 0.8
 
     def __post_init__(self) -> None:

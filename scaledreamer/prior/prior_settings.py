@@ -43,7 +43,7 @@ class PriorSettings:
     lora: str | None = (
         None  # a LoRA of the U-Net, added to its weights: a file, a folder or a hub id
     )
-    lora_scale: float = 1.0  # factor of the LoRA
+    lora_scale: float = 1.0  # factor of the LoRA, from -10 to 10
 
     def __post_init__(self) -> None:
         check_ranges(self, lora_scale=Interval(-10, 10))

@@ -56,15 +56,15 @@ class TrainSettings:
     # or ingp-density
     generator: str = "hyper-ingp"
     method: str = "asd"  # distillation: sds, csd, vsd, asd, nfsd, bridge, sdi, ism or esd
-    steps: int = 3000  # number of optimiser steps, at least 1
-    seed: int = 0  # seed of every random number of the run, 0 to 2^32 - 1
-    prompts_per_step: int = 4  # number of prompts in the batch of a step, at least 1
-    views_per_prompt: int = 1  # number of cameras per prompt in the batch of a step, at least 1
-    resolution: int = 64  # width and height of the training renders in pixels, at least 1
+    steps: int = 3000  # number of optimiser steps, from 1 to 10^8
+    seed: int = 0  # seed of every random number of the run, from 0 to 2^32 - 1
+    prompts_per_step: int = 4  # number of prompts in the batch of a step, from 1 to 4096
+    views_per_prompt: int = 1  # number of cameras per prompt in a step, from 1 to 4096
+    resolution: int = 64  # width and height of the training renders in pixels, from 1 to 4096
     device: str = "cpu"  # cpu, cuda, cuda:1, mps, or auto for the best one of this machine
-    log_every: int = 10  # number of steps between two lines of metrics.jsonl, at least 1
-    validate_every: int = 500  # number of steps between two validation pictures, at least 1
-    checkpoint_every: int = 500  # number of steps between two checkpoints, at least 1
+    log_every: int = 10  # number of steps between two lines of metrics.jsonl, from 1 to 10^8
+    validate_every: int = 500  # number of steps between two validation pictures, from 1 to 10^8
+    checkpoint_every: int = 500  # number of steps between two checkpoints, from 1 to 10^8
     # precision and compilation of a Stable Diffusion prior; the mixture prior has no networks
     prior_settings: PriorSettings = field(default_factory=PriorSettings)
     # how noise predictions become a gradient
