@@ -198,7 +198,7 @@ class Toy:
     # 2D prior of images: tiny-sd, mixture (of toybox-15), or a Stable Diffusion folder or hub id
     prior: str = "tiny-sd"
     text: str = "a red car"  # prompt of the images; not accepted for points
-    defects: str | None = None  # NFSD's negative prompt; None: its paper's, as far as it is readable
+    defects: str | None = None  # NFSD's negative prompt; None: its paper's, as far as readable
     description: str | None = None  # after the text in SDS-Bridge's source; None: as for defects
 
     def __post_init__(self):
@@ -258,6 +258,7 @@ def image_study(options: Toy) -> Callable[..., dict[str, Any]]:
     count = options.count or 4
     method_names(options.methods, tuple(METHODS))  # refused before the prior is opened
     prior = build_prior(TrainSettings(prior=options.prior), load_corpus("toybox-15"))
+    prior.encode_text([options.text])  # refused before a folder is made
     texts = method_texts(options, prior)
     settings = replace(
         image_settings(options.steps or 300), eta=options.eta, shift=options.shift, **texts
