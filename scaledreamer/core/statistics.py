@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
-from scipy.special import betaincinv, stdtrit
 
 from .settings import UsageError
 
@@ -30,6 +29,8 @@ def t_half_width(std: Any, count: int, level: float = 0.95) -> Any:
 
     `std` (ddof = 1) is a number, array or tensor of any shape, over `count` values, at least 2.
     """
+    from scipy.special import stdtrit
+
     check_level(level)
     if count < 2:
         raise UsageError(f"an interval of {count} values: expected at least 2")
@@ -80,6 +81,8 @@ def share_interval(successes: int, count: int, level: float = 0.95) -> tuple[flo
     if not 0 <= successes <= count or not count:
         raise UsageError(f"{successes} of {count} runs: expected 0 to all of at least one run")
     k, n, tail = successes, count, (1 - level) / 2
+    from scipy.special import betaincinv
+
     low = 0.0 if k == 0 else float(betaincinv(k, n - k + 1, tail))
     return low, 1.0 if k == n else float(betaincinv(k + 1, n - k, 1 - tail))
 
