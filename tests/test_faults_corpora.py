@@ -17,18 +17,19 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
+
+from released import fixture
 
 from scaledreamer.commands.cli import run_command
 from scaledreamer.core.settings import RunError, UsageError
 from scaledreamer.generator.hyper_ingp import HyperINGPSettings
 from scaledreamer.generator.ingp import SMALL_GRID
-from scaledreamer.generator.triplane import TriplaneSettings
 from scaledreamer.prior.base import TextEmbedding
 from scaledreamer.release.import_weights import import_weights
 from scaledreamer.release.lightning import TABLE
 from scaledreamer.release.released_weights import ReleasedSettings
-from scaledreamer.training.corpora import load_corpus
+from scaledreamer.training.corpora import load_corpus, read_manifest
 
 SAMPLE = None if os.environ.get("SCALEDREAMER_ALL_FAULTS") else 60  # of the odd files, per kind
 
@@ -81,7 +82,7 @@ RIGHT = {  # name: content, prompts
     "separator.json": ('["a red\\u2028car"]', [("a red\u2028car", "train")]),
     "pair.json": ('["\\ud83d\\ude97"]', [("🚗", "train")]),
     "newline.json": ('["a red\\ncar"]', [("a red\ncar", "train")]),
-    "first.json": ('{"val": ["x", "y"], "train": ["z"]}', [("x", "val"), ("y", "val"), ("z", "train")]),
+    "first.json": ('{"val": ["x"], "train": ["z"]}', [("x", "val"), ("z", "train")]),
     "rows.jsonl": ('{"text": "a red car"}\n{"text": "a blue ball"}\n', TWO),
     "ROWS.JSONL": ('{"prompt": "a red car"}\r\n\r\n{"prompt": "a blue ball"}', TWO),
     "texts.jsonl": ('"a red car"\n"a blue ball"\n', TWO),
@@ -104,7 +105,7 @@ RIGHT = {  # name: content, prompts
     "list.yml": ("[a red car, a blue ball]", TWO),
     "splits.YAML": ("train:\n- a red car\nval:\n- a blue ball\n", VAL),
     "records.yaml": ("- prompt: a red car\n- {text: a blue ball, split: val}\n", VAL),
-    "quoted.yaml": ('- "1984"\n- "yes"\n- "a: b"\n', [(t, "train") for t in ("1984", "yes", "a: b")]),
+    "quoted.yaml": ('- "1984"\n- "a: b"\n', [("1984", "train"), ("a: b", "train")]),
 }  # fmt: skip
 
 
@@ -328,7 +329,9 @@ def test_a_name_that_is_no_corpus(name, tmp_path, capsys, monkeypatch):
 
 
 def test_repeated_texts_are_reported(tmp_path):
-    path = write(tmp_path / "a.json", '{"train": ["x", "x", "y"], "val": ["z"], "test": ["x", "y"]}')
+    path = write(
+        tmp_path / "a.json", '{"train": ["x", "x", "y"], "val": ["z"], "test": ["x", "y"]}'
+    )
     with pytest.warns(UserWarning, match="1 of 6 texts are repeated and count once") as caught:
         prompts = load_corpus(str(path))
     assert pairs(prompts) == [("x", "train"), ("y", "train"), ("z", "val")]
@@ -341,6 +344,333 @@ def test_a_line_separator_survives_a_run(tmp_path, monkeypatch):
     quick = "--prior tiny-sd --generator ingp --prompts-per-step 1 --views-per-prompt 1".split()
     quick += "--resolution 8 --eval-views 0 --steps 1 --out r".split()
     assert run_command(["train", "--corpus", "c.json", *quick]) == 0
-    assert run_command(["export", "r", "--prompt", "0001", "--to", "x.ply", "--resolution", "8"]) in (0, 1)
-    rows = [json.loads(line) for line in Path("r/prompts.jsonl").read_text().split("\n")[:-1]]
-    assert [row["text"] for row in rows] == ["a red car", "a red\u2028ball"]
+    texts = [("a red car", "train"), ("a red\u2028ball", "train")]
+    assert pairs(read_manifest(Path("r/prompts.jsonl"))) == texts
+
+
+# what a checkpoint does not store ----------------------------------------------------------------
+
+
+def triplane_state():
+    "A released Triplane-Transformer of 4 heads and width 32, its settings, and what it computes."
+    meta, t = fixture("04_triplane_a_local")
+    state = {
+        "geometry." + key.removeprefix("weights/"): value
+        for key, value in t.items()
+        if key.startswith("weights/")
+    }
+    return state, meta["settings"], t
+
+
+def sdf(found, t):
+    with torch.no_grad():
+        return found.generator(TextEmbedding(t["text"], t["text"][:, 0])).sdf(t["points"])
+
+
+def run_folder(tmp_path, state, **system):
+    "The two folders that the release writes."
+    (tmp_path / "ckpts").mkdir(exist_ok=True)
+    torch.save({"state_dict": state, "global_step": 7}, tmp_path / "ckpts/last.ckpt")
+    if system:
+        (tmp_path / "configs").mkdir(exist_ok=True)
+        (tmp_path / "configs/parsed.yaml").write_text(yaml.safe_dump({"system": system}))
+    return tmp_path / "ckpts/last.ckpt"
+
+
+def test_heads_are_given_or_configured_and_never_guessed(tmp_path):
+    state, geometry, t = triplane_state()
+    path = run_folder(tmp_path, state)
+    with pytest.raises(UsageError, match="give --heads .the released one has 16."):
+        import_weights(path)
+    found = import_weights(path, heads=4)
+    torch.testing.assert_close(sdf(found, t), t["sdf"].view(2, -1), rtol=0, atol=1e-4)
+    assert "geometry.sdf_bias_params" in found.assumed
+    for heads in (1, 2, 8, 16):  # same shapes, another scene
+        assert (sdf(import_weights(path, heads=heads), t) - sdf(found, t)).abs().max() > 1e-3
+    for heads, words in ((6, "6 attention heads do not divide the width 32"), (0, "--heads is 0")):
+        with pytest.raises(UsageError, match=words):
+            import_weights(path, heads=heads)
+    run_folder(tmp_path, state, geometry_type="Triplane-transformer-sdf", geometry=geometry)
+    configured = import_weights(path)
+    assert torch.equal(sdf(configured, t), sdf(found, t))
+    assert configured.config.path == tmp_path / "configs/parsed.yaml"
+    assert "geometry.sdf_bias_params" not in configured.assumed
+    with pytest.raises(UsageError, match="has 4 in .*num_heads, 16 is given"):
+        import_weights(path, heads=16)
+
+
+@pytest.mark.parametrize("key, value, words", [
+    ("geometry_type", "3DConv-net", "has '3DConv-net' in system.geometry_type"),
+    ("sdf_bias", "ellipsoid", "has 'ellipsoid' in system.geometry.sdf_bias"),
+    ("sdf_bias_params", [1, 1, 1], "sdf_bias_params is .1, 1, 1.: expected a number"),
+    ("sdf_bias_params", -1.0, "sdf_bias_params is -1.0: expected a number above 0"),
+    ("radius", 3.0, "has 3.0 in system.geometry.radius"),
+    ("num_heads", "${heads}", "num_heads is '..heads.': expected an integer"),
+    ("num_heads", 1e9, "num_heads is 1000000000.0: expected an integer"),
+    ("num_heads", None, "give --heads"),
+    ("num_layers", 6, "has 6 in system.geometry.space_generator_config.num_layers"),
+    ("local_text", False, "has False in system.geometry.space_generator_config.local_text"),
+    ("mlp_network_config", {"activation": "Sine"}, "has 'Sine' in system"),
+])  # fmt: skip
+def test_a_configuration_that_does_not_fit(key, value, words, tmp_path):
+    state, geometry, _ = triplane_state()
+    system = {"geometry_type": "Triplane-transformer-sdf", "geometry": geometry}
+    inner = geometry["space_generator_config"]
+    part = inner if key in inner else system if key == "geometry_type" else geometry
+    part[key] = value
+    with pytest.raises(UsageError, match=words):
+        import_weights(run_folder(tmp_path, state, **system))
+
+
+@pytest.mark.parametrize("content", [
+    "", "[1, 2]", "system: 3", "system: {geometry: 3}", "system: {geometry", "\0", "[" * 100_000,
+    "a: &a [x]\nb: *a", "system: {geometry: {space_generator_config: 7}}", b"\xff\xfe",
+    "system: !!python/object/apply:os.mkdir [executed]",
+    "- " + "1" * 10_000, Path.mkdir, fifo, link("/dev/zero"), link("nowhere"), sparse,
+])  # fmt: skip
+def test_a_configuration_that_is_none(content, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path = run_folder(tmp_path, triplane_state()[0])
+    config = write(tmp_path / "given.yaml", content)
+    with pytest.raises(UsageError) as error:
+        import_weights(path, config=config)
+    check_sentence(error.value, content)
+    assert not Path("executed").exists()
+
+
+def hyper_state(widths, color_widths, features=16, text=8, hidden=4):
+    "A released Hyper-iNGP whose decoders have these hidden layers."
+    outputs = 0
+    for layers, out in ((widths, 1), (color_widths, 3)):
+        sizes = [features, *layers, out]
+        outputs += sum(a * b for a, b in zip(sizes, sizes[1:]))
+    settings = replace(HyperINGPSettings.paper(), grid=SMALL_GRID, text_width=text, hidden=hidden)
+    model = ReleasedSettings(settings, None).make()
+    state = {
+        "geometry." + key.replace("hypernetwork.", "hypernet.").replace("encoder.table", TABLE): v
+        for key, v in model.state_dict().items()
+    }
+    state["geometry.hypernet.layers.3.weight"] = torch.ones(outputs, hidden)
+    state["geometry.hypernet.layers.3.bias"] = torch.ones(outputs)
+    return state, {"sdf_weights": [*widths, 1], "feature_weights": [*color_widths, 3]}
+
+
+@pytest.mark.parametrize("widths, color_widths", [
+    ([6, 6], [6, 6]),  # 288 outputs, as one hidden layer of width 8
+    ([83], [47]),  # 2304 outputs, as one hidden layer of width 64
+    ([64], [32]),
+    ([64, 64], [64]),
+    ([12], [10]),
+])  # fmt: skip
+def test_decoders_of_another_form_are_never_read_as_the_released_one(
+    widths, color_widths, tmp_path
+):
+    state, dims = hyper_state(widths, color_widths)
+    path = run_folder(tmp_path, state)
+    if sum(widths) == 83:  # no shape can tell
+        assumed = import_weights(path).assumed
+        assert assumed["geometry.hypernet_config.out_dims.sdf_weights"] == [64, 1]
+    else:
+        with pytest.raises((UsageError, RunError), match="weights"):
+            import_weights(path)
+    run_folder(tmp_path, state, geometry={"hypernet_config": {"out_dims": dims}})
+    with pytest.raises((UsageError, RunError), match="out_dims|not decoders of one hidden width"):
+        import_weights(path)
+
+
+@pytest.mark.parametrize("width", [64, 8, 34])
+def test_decoders_of_one_width(width, tmp_path):
+    state, dims = hyper_state([width], [width])
+    path = run_folder(tmp_path, state, geometry={"hypernet_config": {"out_dims": dims}})
+    assert import_weights(path).settings.generator.decoder_width == width
+
+
+def test_triplane_decoders_are_read_from_their_shapes(tmp_path):
+    state = triplane_state()[0]
+    names = [f"geometry.{part}_network.layers" for part in ("sdf", "feature")]
+    short = {k: v for k, v in state.items() if not k.endswith("network.layers.2.weight")}
+    short |= {f"{name}.2.weight": short.pop(f"{name}.4.weight") for name in names}
+    found = import_weights(run_folder(tmp_path, short), heads=4)
+    assert found.settings.generator.decoder == (64,)
+    other = state | {
+        "geometry.feature_network.layers.0.weight": torch.ones(32, 18),
+        "geometry.feature_network.layers.2.weight": torch.ones(64, 32),
+    }
+    with pytest.raises(RunError, match=r"widths \[64, 64\] in geometry.sdf_network and \[32, 64\]"):
+        import_weights(run_folder(tmp_path, other), heads=4)
+
+
+# damaged checkpoints -----------------------------------------------------------------------------
+
+
+class Code:
+    def __reduce__(self):
+        return os.mkdir, ("executed",)
+
+
+def zipped(path, entries, method=zipfile.ZIP_STORED):
+    with zipfile.ZipFile(path, "w", method) as file:
+        for name, content in entries.items():
+            file.writestr(name, content)
+
+
+def scripted(path):
+    torch.jit.script(torch.nn.Linear(2, 2)).save(str(path))
+
+
+STATE = triplane_state()[0]
+KEY = "geometry.space_generator.pos_embed"
+saving = lambda content: lambda path: torch.save(content, path)
+with_state = lambda **changes: saving(
+    {"state_dict": STATE | {key.replace("__", "."): value for key, value in changes.items()}}
+)
+one = lambda value: saving({"state_dict": STATE | {KEY: value}})
+FILES = {
+    "folder.ckpt": Path.mkdir,
+    "pipe.ckpt": fifo,
+    "pipe.safetensors": fifo,
+    "socket.ckpt": socket_file,
+    "zero.ckpt": link("/dev/zero"),
+    "zero.safetensors": link("/dev/zero"),
+    "dangling.ckpt": link("nowhere"),
+    "circle.ckpt": link("circle.ckpt"),
+    "empty.ckpt": "",
+    "empty.safetensors": "",
+    "text.ckpt": "a red car",
+    "text.safetensors": "a red car",
+    "json.ckpt": "{}",
+    "html.ckpt": "<!DOCTYPE html><html>Sign in</html>",
+    "pointer.ckpt": "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n",
+    "image.ckpt": b"\x89PNG\r\n\x1a\n" + bytes(99),
+    "zeros.ckpt": bytes(4096),
+    "array.ckpt": lambda path: np.save(open(path, "wb"), np.ones(3)),
+    "arrays.ckpt": lambda path: np.savez(open(path, "wb"), a=np.ones(3)),
+    "zip.ckpt": lambda path: zipped(path, {"a.txt": "a"}),
+    "zip2.ckpt": lambda path: zipped(path, {"archive/data.pkl": pickle.dumps({})}),
+    "bomb.ckpt": lambda path: zipped(path, {"a/data.pkl": bytes(1 << 24)}, zipfile.ZIP_DEFLATED),
+    "script.ckpt": scripted,
+    "pickle.ckpt": pickle.dumps({"state_dict": {}}),
+    "pickle2.ckpt": pickle.dumps({KEY: np.ones(3)}),
+    "code.ckpt": saving({"state_dict": STATE, "callbacks": Code()}),
+    "code2.ckpt": saving(Code()),
+    "code3.ckpt": pickle.dumps(Code()),
+    "module.ckpt": saving(torch.nn.Linear(2, 2)),
+    "module2.ckpt": saving({"state_dict": {"a": torch.nn.Linear(2, 2)}}),
+    "list.ckpt": saving([1, 2]),
+    "none.ckpt": saving(None),
+    "number.ckpt": saving(3),
+    "tensor.ckpt": saving(torch.ones(3)),
+    "dict.ckpt": saving({}),
+    "state.ckpt": saving({"state_dict": {}}),
+    "state2.ckpt": saving({"state_dict": None}),
+    "state3.ckpt": saving({"state_dict": [torch.ones(2)]}),
+    "state4.ckpt": saving({"state_dict": {1: torch.ones(2)}}),
+    "state5.ckpt": saving({"state_dict": {"a": "b"}}),
+    "nested.ckpt": saving({"state_dict": {"state_dict": STATE}}),
+    "other.safetensors": lambda path: save_file({"unet.conv.weight": torch.ones(2)}, path),
+    "other.ckpt": saving({"state_dict": {"model.out.0.weight": torch.ones(2)}}),
+    "long.ckpt": saving({"state_dict": {"k" * 9999: torch.ones(2)}}),
+    "line.ckpt": saving({"state_dict": {"a\nb": torch.ones(2)}}),
+    "header.safetensors": struct.pack("<Q", 1 << 60) + b"{}",
+    "header2.safetensors": struct.pack("<Q", 2) + b"{}",
+    "header3.safetensors": struct.pack("<Q", 7) + b"[1,2,3]",
+    "offsets.safetensors": struct.pack("<Q", 62)
+    + b'{"a":{"dtype":"F32","shape":[9],"data_offsets":[0,999999999]}}',
+    "pickle.safetensors": saving({"state_dict": STATE}),
+    "tensors.ckpt": lambda path: save_file(STATE, path),
+    "step.ckpt": saving({"state_dict": STATE, "global_step": 10**30}),
+    "many.ckpt": one(torch.zeros(1).expand(2**40)),
+    "wide.ckpt": one(torch.zeros(1).expand(1, 3 * 2**12, 2**14)),
+    "nan.ckpt": one(STATE[KEY] / 0),
+    "int.ckpt": one(STATE[KEY].int()),
+    "complex.ckpt": one(STATE[KEY].to(torch.complex64)),
+    "bool.ckpt": one(STATE[KEY] > 0),
+    "quantized.ckpt": one(torch.quantize_per_tensor(STATE[KEY], 0.1, 0, torch.qint8)),
+    "sparse.ckpt": one(STATE[KEY].to_sparse()),
+    "meta.ckpt": one(STATE[KEY].to("meta")),
+    "scalar.ckpt": one(torch.tensor(1.0)),
+    "none2.ckpt": one(torch.zeros(0)),
+    "vector.ckpt": one(torch.ones(9)),
+    "dims.ckpt": one(torch.ones(1, 1, 48, 32)),
+    "turned.ckpt": one(torch.ones(1, 32, 48)),
+    "tokens.ckpt": one(torch.ones(1, 50, 32)),
+    "none3.ckpt": one(torch.ones(1, 0, 32)),
+    "width.ckpt": one(torch.ones(1, 48, 0)),
+    "bbox.ckpt": with_state(geometry__bbox=torch.tensor(2.0)),
+    "bbox2.ckpt": with_state(geometry__bbox=torch.full((2, 3), torch.nan)),
+    "bbox3.ckpt": with_state(geometry__bbox=torch.ones(3, 2)),
+    "bbox4.ckpt": with_state(geometry__bbox=torch.ones(2, 3)),
+    "std.ckpt": with_state(renderer__variance___inv_std=torch.ones(3)),
+    "std2.ckpt": with_state(renderer__variance___inv_std=torch.tensor(torch.nan)),
+    "std4.ckpt": with_state(renderer__variance___inv_std=torch.zeros(0)),
+    "more.ckpt": with_state(geometry__unknown=torch.ones(2)),
+    "more2.ckpt": with_state(geometry__space_generator__layers__7__x=torch.ones(2)),
+    "layers.ckpt": with_state(**{"geometry__sdf_network__layers__" + "9" * 5000: torch.ones(2)}),
+    "background.ckpt": with_state(background__network__layers__0__weight=torch.ones(2)),
+    "background2.ckpt": with_state(background__hypernet__layers__1__weight=torch.ones(2)),
+    "background3.ckpt": with_state(
+        **{f"background__network__layers__{'9' * 5000}__weight": torch.ones(2, 2)}
+    ),
+    "x" * 250 + ".ckpt": "",
+    "a\nb.ckpt": "",
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_an_odd_checkpoint_is_one_sentence(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with warnings.catch_warnings(action="ignore"):
+        write(tmp_path / name, FILES[name])
+    start = time.monotonic()
+    with pytest.raises((UsageError, RunError)) as error:
+        import_weights(tmp_path / name, heads=4)
+    check_sentence(error.value, name)
+    assert time.monotonic() - start < 5 and not Path("executed").exists()
+
+
+def changed_checkpoints(count, seed=16):
+    "A whole checkpoint with one tensor or some bytes changed."
+    rng, keys = random.Random(seed), sorted(STATE)
+    buffer = io.BytesIO()
+    torch.save({"state_dict": STATE}, buffer)
+    for i in range(count):
+        key = rng.choice(keys)
+        value, kind = STATE[key], rng.randrange(8)
+        if kind < 6:
+            changed = [
+                value * torch.nan, value.flatten(), value[None], value[:1] * 0 + 1,
+                value.to(torch.int16), None,
+            ][kind]  # fmt: skip
+            state = {k: v for k, v in STATE.items() if k != key}
+            yield i, {"state_dict": state if changed is None else state | {key: changed}}
+        else:
+            data = bytearray(buffer.getvalue())
+            for _ in range(rng.randrange(1, 9)):
+                data[rng.randrange(len(data))] = rng.randrange(256)
+            yield i, bytes(data) if kind == 6 else bytes(data[: rng.randrange(len(data))])
+
+
+def test_changed_checkpoints_are_read_or_one_sentence(tmp_path):
+    path = tmp_path / "changed.ckpt"
+    for i, content in changed_checkpoints(SAMPLE or 400):
+        path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
+        try:
+            found = import_weights(path, heads=4)
+        except (UsageError, RunError) as error:
+            check_sentence(error, i)
+        else:
+            assert all(p.isfinite().all() for p in found.generator.parameters())
+
+
+def test_the_command_takes_heads_and_config(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    state, geometry, _ = triplane_state()
+    path = run_folder(tmp_path, state)
+    command = ["import-weights", str(path), "--prior", "tiny-sd", "--out", "run"]
+    assert run_command(command) == 2
+    assert "give --heads" in capsys.readouterr().err
+    assert run_command([*command, "--heads", "5"]) == 2
+    assert "do not divide" in capsys.readouterr().err
+    assert run_command([*command, "--config", "none.yaml"]) == 2
+    assert "none.yaml cannot be read" in capsys.readouterr().err
+    assert not Path("run").exists()

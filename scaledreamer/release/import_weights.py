@@ -79,6 +79,8 @@ def check_values(path: str | Path, state: State, mapped: dict[str, str]) -> None
     "Raises `RunError` for weights that are not finite floating-point numbers."
     for key in mapped:
         where = f"{shown_path(path)} has"
+        if not state[key].numel():
+            raise RunError(f"{where} no number in {key}: get it again")
         if not state[key].is_floating_point():
             found = f"{where} {state[key].dtype} in {key}"
             raise RunError(f"{found}: expected floating-point weights")
