@@ -106,7 +106,7 @@ def min_interval(default: float) -> float:
 
 
 def assumed_size() -> dict[str, int]:
-    "tqdm's columns and rows for a terminal that has none by its own word, as of `script` or docker."
+    "tqdm's columns and rows for a terminal that says it has none, as of `script` or docker."
     try:
         size = os.get_terminal_size(sys.stderr.fileno())
     except (AttributeError, OSError, ValueError):  # no terminal, or a notebook's stream
