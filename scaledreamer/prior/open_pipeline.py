@@ -6,7 +6,7 @@
 __all__ = ['TINY', 'tiny_sd_folder', 'OpenedPipeline', 'open_pipeline']
 
 # %% ../../nbs/30_prior/82_open_pipeline.ipynb #1742a2cc
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from ..core.settings import RunError, UsageError
 from .execution import PriorSettings
+from .lora import add_lora
 from .pipeline_fit import check_fit, few_steps, model_names
 from .pipeline_index import pipeline_index
 from .pipeline_parts import load_network, load_scheduler, load_tokenizer
@@ -70,4 +71,9 @@ def open_pipeline(given: str | Path, settings: PriorSettings = PriorSettings()) 
         check_fit(opened.unet, opened.vae, opened.tokenizer, opened.encoder)
     except UsageError as error:
         raise UsageError(f"{source}: {error}") from None
-    return opened
+    if settings.lora is None:
+        return opened
+    parts = {key: getattr(opened, key) for key in ("unet", "vae", "tokenizer", "scheduler")}
+    add_lora(parts | {"text_encoder": opened.encoder}, settings.lora, settings.lora_scale)
+    reason = opened.few_steps or few_steps([settings.lora], opened.unet, opened.scheduler)
+    return replace(opened, few_steps=reason)

@@ -25,6 +25,7 @@ from .pipeline_configs import REMEDY, check_sizes, loading
 from .pipeline_index import SCHEDULERS
 from .pipeline_source import weight_kinds, weights_kind
 from .pipelines import first_line, quiet
+from .schedule import from_diffusers
 
 # %% ../../nbs/30_prior/66_pipeline_parts.ipynb #51ba9b99
 def _check_safetensors(file: Path) -> None:
@@ -204,4 +205,9 @@ def load_scheduler(
     _check_scheduler(file, config)
     cls = getattr(diffusers, name)
     with loading(file, cls, config):
-        return cls.from_config({**config, "_class_name": name})
+        scheduler = cls.from_config({**config, "_class_name": name})
+    try:
+        from_diffusers(scheduler)
+    except UsageError as error:
+        raise UsageError(f"{shown_path(file)}: {error}") from None
+    return scheduler

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SINGLE_FILES', 'PARTS', 'PipelineSource', 'pipeline_source', 'weight_kinds', 'weights_kind', 'needed_files',
-           'local_pipeline']
+           'hub_error', 'local_pipeline']
 
 # %% ../../nbs/30_prior/62_pipeline_source.ipynb #89d806fb
 import re
@@ -121,7 +121,7 @@ def needed_files(names: Iterable[str], variant: str | None) -> list[str]:
     return needed
 
 # %% ../../nbs/30_prior/62_pipeline_source.ipynb #06ffb46d
-def _hub_error(source: PipelineSource, error: Exception) -> Exception:
+def hub_error(source: PipelineSource, error: Exception) -> Exception:
     "The error of the hub in one sentence."
     name = source.repository
     if isinstance(error, GatedRepoError):
@@ -177,4 +177,4 @@ def local_pipeline(source: PipelineSource, variant: str | None = None) -> Path:
     except (UsageError, RunError):
         raise
     except Exception as error:  # of several libraries
-        raise _hub_error(source, error) from None
+        raise hub_error(source, error) from None

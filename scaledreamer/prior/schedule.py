@@ -128,7 +128,7 @@ def from_diffusers(
     scheduler: Any,  # of diffusers, e.g. DDPMScheduler
 ) -> NoiseSchedule:
     """The forward process of a diffusers scheduler.
-    Raises `UsageError` for one without `alphas_cumprod`, such as flow matching, or without noise."""
+    Raises `UsageError` for one without `alphas_cumprod`, such as flow matching, or noise."""
     table = getattr(scheduler, "alphas_cumprod", None)
     if not isinstance(table, Tensor):
         raise UsageError(
@@ -137,7 +137,7 @@ def from_diffusers(
         )
     if table.ndim == 1 and len(table) and not table[-1] < table[0]:
         raise UsageError(
-            f"scheduler: alphas_cumprod is {table[0].item():.4g} from the first to the last timestep: "
+            f"alphas_cumprod is {table[0].item():.4g} from the first to the last timestep: "
             "expected a schedule that adds noise"
         )
     return NoiseSchedule(table.detach().double().cpu())
