@@ -134,12 +134,14 @@ def odd_line(rng):
     return line
 
 
-def reach(line):
-    "Parse a command line and do all that comes before its work: 'work', or what it says."
+def reach(line, measure=False):
+    """Parse a command line and do all that comes before its work: 'work', or what it says.
+
+    `measure`: with the estimate of the memory of a step, which takes a second."""
     stop = mock.Mock(side_effect=Reached)
-    work = ("training.trainer.start_folder", "commands.curve_and_toy.fresh")
+    train = "training.trainer.locked_folder" if measure else "training.trainer.check_memory"
     with contextlib.ExitStack() as stack:
-        for place in (*work, "commands.weights.make_tiny_sd"):
+        for place in (train, "commands.curve_and_toy.fresh", "commands.weights.make_tiny_sd"):
             stack.enter_context(mock.patch(f"scaledreamer.{place}", stop))
         stack.enter_context(mock.patch("scaledreamer.training.memory.memory_left", lambda _: 8e9))
         out = stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
@@ -161,13 +163,13 @@ def reach(line):
     raise AssertionError(f"{line} did its work")
 
 
-def fuzz(seed, count, folder):
+def fuzz(seed, count, folder, measure=False):
     "What odd command lines lead to, by line; nothing may be written."
     rng = random.Random(seed)
     before = os.getcwd()
     os.chdir(folder)
     try:
-        found = [(line, reach(line)) for line in (odd_line(rng) for _ in range(count))]
+        found = [(line, reach(line, measure)) for line in (odd_line(rng) for _ in range(count))]
         assert not any(Path(folder).iterdir())
         return found
     finally:

@@ -8,6 +8,8 @@ __all__ = ['option_sentence', 'error_sentence']
 # %% ../../nbs/90_commands/37_sentences.ipynb #09d7a2a4
 import re
 
+from ..core.settings import shorten
+
 # %% ../../nbs/90_commands/37_sentences.ipynb #117edea8
 _KINDS = {"INT": "an integer", "FLOAT": "a number"}
 
@@ -20,16 +22,19 @@ def _kinds(names: str) -> str:
 _PARSER_WORDS = (  # what the parser says after `Error parsing --option: `, and what is said instead
     (
         r"invalid literal for int\(\) with base 10: (.*)",
-        lambda m: f"is {m[1]}: expected an integer",
+        lambda m: f"is {shorten(m[1], str)}: expected an integer",
     ),
-    (r"could not convert string to float: (.*)", lambda m: f"is {m[1]}: expected a number"),
     (
-        r"Exceeds the limit .*",
+        r"could not convert string to float: (.*)",
+        lambda m: f"is {shorten(m[1], str)}: expected a number",
+    ),
+    (
+        r".*Exceeds the limit .*",
         lambda m: "is an integer of thousands of digits: expected a smaller one",
     ),
     (
         r"no type matching (\S+) could be instantiated from \[(.*?)\]\..*",
-        lambda m: f"is {m[2]}: expected {_kinds(m[1])}",
+        lambda m: f"is {shorten(m[2], str)}: expected {_kinds(m[1])}",
     ),
 )
 
@@ -56,4 +61,4 @@ def error_sentence(box: str) -> str:
     end = next((i for i, line in enumerate(lines) if line.startswith(hints)), None)
     message = " ".join([line for line in lines[1:end] if line] or lines)
     message = re.sub(r"^Error parsing \S*__tyro-dummy-inner__\.?(\S*?):? ", r"\1: ", message)
-    return option_sentence(message.strip()) + "; see --help"
+    return shorten(option_sentence(message.strip()), str, 600) + "; see --help"
