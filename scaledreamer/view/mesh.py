@@ -115,13 +115,13 @@ def extract_mesh(
     resolution: int = 128,  # cells per side of the cube, 2 to 4096
     half: float | None = None,  # half the side of the cube, world units; None: around the surface
     prompts: int = 1,  # b, of the scene
-    level: float | None = None,  # distance or density of the surface; None: 0, or 5 per world unit
+    level: float | None = None,  # distance or density of the surface, -1000 to 10^5; None: 0 or 5
     largest_only: bool = False,  # without all parts but the one with the most triangles
     device: str | torch.device = "cpu",  # of the scene
 ) -> trimesh.Trimesh:
     "Mesh with vertex colours, in world units. Raises `RunError` where there is no surface."
     _check_extraction(index, resolution, half, prompts)
-    check_range("level", level, Interval(-1e6, 1e6))
+    check_range("level", level, Interval(-1000, 10**5))
     field = solid_field(scene, prompts, level)
     half = surface_reach(field, index, scene.radius, device) if half is None else half
     triangles = triangulate(field_planes(field, index, resolution, half, device), half)
