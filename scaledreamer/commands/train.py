@@ -14,6 +14,7 @@ from typing import Annotated, Literal
 import tyro
 
 from .shared import Stopped, check_place
+from ..core.memory import memory_errors
 from ..core.settings import Interval, check_ranges
 from ..core.tensors import best_device
 from ..training.run_prompts import corpus_name
@@ -82,9 +83,11 @@ def train_and_evaluate(options: Train) -> str:
             "stopped; what is done is saved: give the same command with --resume to go on"
         ) from None
     try:
-        if options.eval_views:
-            scorer = scorer if started else scorer_for(run, scorer)  # a run that was done already
-            print(summary(evaluate_run(run, scorer, options.eval_views)))
+        later = f"the training is done, evaluate it with: scaledreamer evaluate {folder} --views 30"
+        with memory_errors(later):
+            if options.eval_views:
+                scorer = scorer if started else scorer_for(run, scorer)  # a run that was done
+                print(summary(evaluate_run(run, scorer, options.eval_views)))
     except KeyboardInterrupt:
         raise Stopped(
             f"stopped; the training is done, evaluate it with: scaledreamer evaluate {folder}"
