@@ -99,10 +99,18 @@ def test_colours_outside_the_range_are_clamped(folder):
     assert torch.equal(scorer.image_features(rgb), scorer.image_features(rgb.clamp(0, 1)))
 
 
-def test_a_text_beyond_the_window_is_refused(folder):
+def test_a_text_beyond_the_window_is_cut_before_its_end_token_with_a_warning(folder):
     scorer = ClipScorer.load(folder)
-    with pytest.raises(UsageError, match="reads at most 24 tokens"):
-        scorer.text_features(["a red ball", "a red ball" * 20])
+    long = "a red ball" + " on a blue cube" * 20
+    with pytest.warns(UserWarning, match="reads at most 24 tokens.* beginning of 1 of the texts"):
+        features = scorer.text_features(["a red ball", long])
+    tokens = scorer.tokenizer([long, ""])
+    assert tokens[0, -1] == tokens[1, 1]  # the end-of-text token
+    expected = scorer.text_features(["a red ball" + " on a blue cube" * 4 + " on a blue"])
+    assert not torch.allclose(features[0], features[1], atol=1e-3)
+    start = scorer.tokenizer(["a red ball" + " on a blue cube" * 4 + " on a blue"])
+    assert torch.equal(tokens[0, :22], start[0, :22])
+    torch.testing.assert_close(features[1:], expected)
 
 
 def refusal(name) -> str:

@@ -462,28 +462,6 @@ def test_evaluate_completes_the_run_folder(run):
     assert "a blue cube" in (run.folder / "report.html").read_text(encoding="utf-8")
 
 
-def test_a_prompt_that_clip_cannot_read_is_refused_before_training(tmp_path, capsys, monkeypatch):
-    "By its number of tokens alone: no network encodes it, and nothing is trained."
-    from scaledreamer.eval.clip import ClipScorer
-
-    corpus = tmp_path / "long.txt"
-    corpus.write_text("a red ball\na red ball" + " on a blue cube" * 7 + "\n", encoding="utf-8")
-    monkeypatch.setattr(ClipScorer, "text_features", lambda *args: pytest.fail("encoded"))
-    monkeypatch.setattr("scaledreamer.training.trainer.train", lambda *args: pytest.fail("trained"))
-    assert (
-        run_command(
-            ["train", "--prior", "mixture", "--corpus", str(corpus), "--out", str(tmp_path / "run")]
-        )
-        == 2
-    )
-    assert re.fullmatch(
-        r"scaledreamer: tiny-clip reads at most 24 tokens, the text 'a red ball on .+' has more: "
-        r"shorten it or choose another CLIP model\n",
-        capsys.readouterr().err,
-    )
-    assert not (tmp_path / "run").exists()
-
-
 def test_one_clip_serves_the_check_and_the_evaluation(settings, tmp_path, monkeypatch):
     from scaledreamer.eval.clip import ClipScorer
 
