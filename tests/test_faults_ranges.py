@@ -141,7 +141,7 @@ def reach(line, measure=False):
     stop = mock.Mock(side_effect=Reached)
     train = "training.trainer.locked_folder" if measure else "training.trainer.check_memory"
     with contextlib.ExitStack() as stack:
-        for place in (train, "commands.curve_and_toy.fresh", "commands.weights.make_tiny_sd"):
+        for place in (train, "commands.curve_and_toy.fresh", "commands.make_prior.make_tiny_sd"):
             stack.enter_context(mock.patch(f"scaledreamer.{place}", stop))
         stack.enter_context(mock.patch("scaledreamer.training.memory.memory_left", lambda _: 8e9))
         out = stack.enter_context(contextlib.redirect_stdout(io.StringIO()))

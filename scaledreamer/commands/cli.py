@@ -55,7 +55,7 @@ COMMANDS = {  # name: module and class, and what it does
         "Compare distillation methods on 2D points or on images of a prior (Fig. 2).",
     ),
     "make-prior": (
-        "weights.MakePrior",
+        "make_prior.MakePrior",
         "Train the shipped tiny Stable Diffusion and tiny CLIP again, on Toybox renders.",
     ),
     "bench": (
