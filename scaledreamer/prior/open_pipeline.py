@@ -14,13 +14,16 @@ from typing import Any
 from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from ..core.settings import RunError, UsageError
+from ..core.files import shown_path
+from ..core.settings import RunError, UsageError, shorten
 from .execution import PriorSettings
 from .lora import add_lora
 from .pipeline_fit import check_fit, few_steps, model_names
 from .pipeline_index import pipeline_index
 from .pipeline_parts import load_network, load_scheduler, load_tokenizer
-from .pipeline_source import local_pipeline, pipeline_source
+from .pipeline_source import SINGLE_FILES, local_pipeline, pipeline_source
+from .pipeline_source import weight_kinds
+from .single_file import open_single_file
 
 # %% ../../nbs/30_prior/82_open_pipeline.ipynb #5aa679e3
 def tiny_sd_folder() -> Path:
@@ -43,8 +46,21 @@ class OpenedPipeline:
     few_steps: str | None = None  # why it seems to be a student of few steps
 
 
+def _check_variant(folder: Path, variant: str | None) -> None:
+    files = [
+        path.name for part in ("unet", "vae", "text_encoder") for path in folder.glob(f"{part}/*")
+    ]
+    there = sorted({kind[0] for kind in weight_kinds(files)})
+    if variant and variant not in there:
+        raise UsageError(
+            f"{shown_path(folder)} has no weights of variant {shorten(variant)} (variants there: "
+            f"{', '.join(filter(None, there)) or 'none'}): give another one, or leave it out"
+        )
+
+
 def _open_folder(folder: Path, name: str, variant: str | None) -> OpenedPipeline:
     classes = pipeline_index(folder, name)
+    _check_variant(folder, variant)
     scheduler = load_scheduler(folder / "scheduler", classes["scheduler"])
     tokenizer = load_tokenizer(folder / "tokenizer")
     vae_class = AutoencoderKL if classes["vae"] == "AutoencoderKL" else AutoencoderTiny
@@ -55,6 +71,14 @@ def _open_folder(folder: Path, name: str, variant: str | None) -> OpenedPipeline
     return OpenedPipeline(unet, vae, encoder, tokenizer, scheduler, reason)
 
 
+def _open_file(file: Path, name: str) -> OpenedPipeline:
+    pipe = open_single_file(file)
+    reason = few_steps([name], pipe.unet, pipe.scheduler)
+    return OpenedPipeline(
+        pipe.unet, pipe.vae, pipe.text_encoder, pipe.tokenizer, pipe.scheduler, reason
+    )
+
+# %% ../../nbs/30_prior/82_open_pipeline.ipynb #58495c1d
 def open_pipeline(given: str | Path, settings: PriorSettings = PriorSettings()) -> OpenedPipeline:
     """The parts of a pipeline, from a folder, a single file, a hub id or a hub address.
     Raises `UsageError` for models that cannot be used, `RunError` for what cannot be read."""
@@ -66,7 +90,10 @@ def open_pipeline(given: str | Path, settings: PriorSettings = PriorSettings()) 
     source = pipeline_source(given)
     path = local_pipeline(source, settings.variant)
     name = source.repository or path.name
-    opened = _open_folder(path, name, settings.variant)
+    if path.suffix.lower() in SINGLE_FILES and not path.is_dir():
+        opened = _open_file(path, name)
+    else:
+        opened = _open_folder(path, name, settings.variant)
     try:
         check_fit(opened.unet, opened.vae, opened.tokenizer, opened.encoder)
     except UsageError as error:

@@ -13,7 +13,7 @@ from typing import Any
 
 from ..core.files import read_json, shown_path
 from ..core.settings import UsageError, shorten
-from .pipeline_source import PARTS
+from .pipeline_source import PARTS, SINGLE_FILES
 
 # %% ../../nbs/30_prior/64_pipeline_index.ipynb #39377889
 SCHEDULERS = (
@@ -118,9 +118,11 @@ def pipeline_index(
     Raises `UsageError` for other models than Stable Diffusion, or a damaged `model_index.json`."""
     file = folder / "model_index.json"
     if not folder.is_dir() or not (file.exists() or file.is_symlink()):
+        single = [path.name for s in SINGLE_FILES for path in sorted(folder.glob(f"*{s}"))]
         raise UsageError(
             f"{shown_path(folder)} has no model_index.json: "
             "give the folder that StableDiffusionPipeline.save_pretrained wrote"
+            f"{', or a checkpoint in one file, such as ' + single[0] if single else ''}"
         )
     remedy = "copy or download it again"
     index = read_json(file, dict, UsageError, remedy)
