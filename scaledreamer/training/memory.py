@@ -82,7 +82,9 @@ def what_to_lower(settings: TrainSettings) -> str:
     options |= {"prompts-per-step": prompts} | (
         {"render.train-rays-per-chunk": chunk} if chunk else {}
     )
-    return f"{rays} " + ", ".join(f"--{name} ({value})" for name, value in options.items())
+    lower = f"{rays} " + ", ".join(f"--{name} ({value})" for name, value in options.items())
+    small = settings.prior in ("tiny-sd", "mixture") or settings.prior_settings.vae_checkpoint
+    return lower if small else f"{lower}, or give --prior-settings.vae-checkpoint"
 
 
 def weights_bytes(run: Run) -> int:
