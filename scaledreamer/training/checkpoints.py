@@ -90,10 +90,10 @@ def saved_tensors(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 # %% ../../nbs/70_training/30_checkpoints.ipynb #83ed299c
 def _checksum(path: Path) -> int:
     "CRC-32 of a file."
-    value = 0
-    with path.open("rb") as file:
-        while block := file.read(1 << 22):
-            value = zlib.crc32(block, value)
+    value, block = 0, memoryview(bytearray(1 << 18))
+    with path.open("rb", buffering=0) as file:
+        while count := file.readinto(block):
+            value = zlib.crc32(block[:count], value)
     return value
 
 
