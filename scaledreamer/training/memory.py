@@ -73,10 +73,14 @@ def step_prior_bytes(run: Run) -> int:
     return 0 if images <= 16 else linear(lambda count: _prior_of(run, count), images, 1, 2)
 
 # %% ../../nbs/70_training/42_memory.ipynb #1e654fbd
-def what_to_lower(settings: TrainSettings) -> str:
-    "What makes a step need less memory, in words."
-    chunk = settings.render.train_rays_per_chunk
-    rays = "give --render.train-rays-per-chunk 4096, or lower" if chunk is None else "lower"
+def _gigabytes(size: float) -> str:
+    return f"{size / 1e9:.3g} GB" if size < 1e12 else f"{size / 1e9:,.0f} GB"
+
+
+def what_to_lower(settings: TrainSettings, chunks: bool = True) -> str:
+    "What makes a step need less memory, in words; `chunks`: smaller chunks of rays would."
+    chunk = settings.render.train_rays_per_chunk if chunks else None
+    rays = "give --render.train-rays-per-chunk 4096, or lower" if chunks and not chunk else "lower"
     views, prompts = settings.views_per_prompt, settings.prompts_per_step
     options = {"resolution": settings.resolution, "views-per-prompt": views}
     options |= {"prompts-per-step": prompts} | (
@@ -103,13 +107,15 @@ def check_memory(run: Run, left: int | None = None) -> None:
     if left is None:
         return
     images = s.prompts_per_step * s.views_per_prompt
-    need = 36 * images * s.resolution**2
+    need, chunks = 36 * images * s.resolution**2, False
     if need <= left:
-        need = step_render_bytes(run) + step_prior_bytes(run) + 3 * weights_bytes(run) // 4
+        beside = step_prior_bytes(run) + 3 * weights_bytes(run) // 4
+        need, chunks = step_render_bytes(run) + beside, beside <= left
     if need > left:
         raise UsageError(
             f"a step of {images} images of {s.resolution} x {s.resolution} pixels needs at least "
-            f"{need / 1e9:.3g} GB of memory, and {left / 1e9:.3g} GB are left: {what_to_lower(s)}"
+            f"{_gigabytes(need)} of memory, and {_gigabytes(left)} are left: "
+            f"{what_to_lower(s, chunks)}"
         )
 
 # %% ../../nbs/70_training/42_memory.ipynb #dd1c0905
