@@ -8,16 +8,19 @@ __all__ = ['Images', 'INK', 'PALETTE', 'STYLE', 'Values', 'to_pixels', 'image_gr
 # %% ../../nbs/10_core/40_figures.ipynb #cab829d4
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
-import matplotlib.pyplot as plt
 import numpy as np
 import torch
+from cycler import cycler
 from jaxtyping import Float, UInt8
-from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 
 from .settings import UsageError
+
+if TYPE_CHECKING:  # matplotlib is slow to import: it is loaded when the first figure is made
+    from matplotlib.figure import Figure
 
 # %% ../../nbs/10_core/40_figures.ipynb #cceb8d20
 Images = Float[Tensor, "n c h w"] | Sequence[Image.Image]
@@ -81,7 +84,7 @@ STYLE = {
     "axes.spines.right": False,
     "axes.grid": True,
     "axes.axisbelow": True,
-    "axes.prop_cycle": plt.cycler(color=PALETTE),
+    "axes.prop_cycle": cycler(color=PALETTE),
     "grid.color": "#e6e6e6",
     "lines.linewidth": 1.6,
 }
@@ -90,6 +93,8 @@ STYLE = {
 @contextmanager
 def figure_style() -> Iterator[None]:
     "Figures made inside this context have `STYLE`; no setting of matplotlib changes outside."
+    import matplotlib.pyplot as plt
+
     plt.draw_if_interactive()  # loads pyplot's backend, whose settings must outlive the context
     with plt.rc_context(STYLE):
         yield
@@ -101,7 +106,7 @@ def show_images(
     titles: Sequence[str] | None = None,  # one per image
     scale: float = 1.0,  # of each image's width; 1 is 1.2 inches
     title: str | None = None,  # of the figure
-) -> Figure:
+) -> "Figure":
     "The images on a white sheet, row by row, each below its title."
     pixels = to_pixels(images)
     n, h, w, _ = pixels.shape
@@ -110,6 +115,8 @@ def show_images(
     columns = min(columns, n)
     rows = -(-n // columns)
     height = (1.2 * h / w * scale + 0.2 * (titles is not None)) * rows + 0.25 * (title is not None)
+    from matplotlib.figure import Figure
+
     with figure_style():
         figure = Figure(figsize=(1.2 * scale * columns, height))
         axes = figure.subplots(rows, columns, squeeze=False)
@@ -150,11 +157,13 @@ def curves(
     title: str | None = None,
     log: str = "",  # axes that are logarithmic: "", "x", "y" or "xy"
     size: tuple[float, float] = (5.0, 2.8),  # inches
-) -> Figure:
+) -> "Figure":
     "One line per entry of `series`, with a legend, which is outside for three or more lines."
     x = _array(x)
     lines = {name: _array(y) for name, y in series.items()}
     _check_curves(x, lines, bands)
+    from matplotlib.figure import Figure
+
     with figure_style():
         figure = Figure(figsize=size)
         axis = figure.subplots()
