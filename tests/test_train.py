@@ -19,8 +19,10 @@ from scaledreamer.distill.estimator import LoRAEstimator
 from scaledreamer.field.background import SolidBackground
 from scaledreamer.field.scene import SphereScene
 from scaledreamer.generator.generator_base import TextTo3D, text_vector
+from scaledreamer.prior.stable_diffusion import StableDiffusionPrior
 from scaledreamer.training.checkpoints import checkpoint_steps
 from scaledreamer.training.corpora import number_prompts
+from scaledreamer.training.method_defaults import resolve_settings
 from scaledreamer.training.run import build
 from scaledreamer.training.step import step_prompts
 from scaledreamer.training.train_settings import TrainSettings, build_prior, paper, read_settings
@@ -53,7 +55,8 @@ def run(settings, tmp_path_factory):
 
 
 def test_run_folder(run, settings):
-    assert from_json(TrainSettings, (run.folder / "config.json").read_text()) == settings
+    stored = from_json(TrainSettings, (run.folder / "config.json").read_text())
+    assert stored == run.settings == resolve_settings(settings, run.prior)
     lines = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [0, 1, 2, 3]
     assert {"gradient_norm", "error_t", "error_t_shifted", "opacity"} <= lines[0].keys()
@@ -188,7 +191,10 @@ def test_a_chunk_below_one_ray_per_prompt_is_refused(settings):
 
 def test_published_results_are_those_of_the_defaults():
     published = ROOT / "nbs/99_experiments/results/main_job/config.json"
-    assert read_settings(published.read_text(encoding="utf-8")) == TrainSettings()
+    found = read_settings(published.read_text(encoding="utf-8"))
+    unused = {"nfsd_negative_prompt": None, "bridge_source_prompt": None}  # of other methods
+    found = replace(found, distill=replace(found.distill, **unused))
+    assert found == resolve_settings(TrainSettings(), StableDiffusionPrior.from_pretrained())
 
 
 @pytest.mark.parametrize("method", ["vsd", "esd"])
@@ -239,14 +245,14 @@ def test_every_method_trains(settings, tmp_path, method):
 
 
 def test_runs_from_before_a_setting_still_open_and_resume(settings, tmp_path):
-    train(tmp_path / "run", settings, stop=lambda: True, show=False)
+    run = train(tmp_path / "run", settings, stop=lambda: True, show=False)
     config = tmp_path / "run/config.json"
     old = json.loads(config.read_text())
     later = ("estimator_lr", "nfsd_negative_prompt", "bridge_source_prompt", "bridge_start")
     for name in later:
         del old["distill"][name]
     config.write_text(json.dumps(old))
-    assert open_run(tmp_path / "run").settings == settings
+    assert open_run(tmp_path / "run").settings == run.settings
     with pytest.raises(UsageError, match="was started with seed = 0, not 1"):
         train(tmp_path / "run", replace(settings, seed=1), resume=True, show=False)
     assert train(tmp_path / "run", settings, resume=True, show=False).step == 4
@@ -615,11 +621,10 @@ def test_the_paper_preset_survives_json():
         {"generator": "nerf"},
         {"prior": "nerf"},
         {"corpus": "nothing"},
-        {"distill": DistillSettings(eta=3.0)},
+        {"distill": DistillSettings(negative_prompt="ugly")},
         {"method": "vsd"},
-        {"distill": DistillSettings(view_prompting="perp-neg")},
-        {"method": "nfsd"},
-        {"method": "bridge"},
+        {"method": "nfsd", "distill": DistillSettings(nfsd_negative_prompt="fog")},
+        {"method": "bridge", "distill": DistillSettings(bridge_source_prompt="fog")},
         {"device": "cuda:99"},
     ],
 )
