@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import trimesh
-from jaxtyping import Float, UInt8
+from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 from trimesh.visual import ColorVisuals
 
@@ -62,7 +62,7 @@ def surface_reach(
     return min(farthest + 2.5 * cell, radius)
 
 # %% ../../nbs/80_view/20_mesh.ipynb #9b21725b
-def largest_part(triangles: Triangles) -> Triangles:
+def largest_part(triangles: Triangles) -> tuple[Float[np.ndarray, "k 3"], Int[np.ndarray, "j 3"]]:
     "The connected part with the most triangles."
     from scipy.sparse import coo_matrix
     from scipy.sparse.csgraph import connected_components
