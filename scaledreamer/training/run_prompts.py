@@ -13,7 +13,7 @@ from pathlib import Path
 from ..core.files import shown_path
 from ..core.settings import UsageError
 from .corpora import Prompt, load_corpus, number_prompts
-from .corpus_files import check_text
+from .corpus_files import check_prompt_text
 from .train_settings import TrainSettings
 
 # %% ../../nbs/70_training/25_run_prompts.ipynb #5a1b9ee5
@@ -26,7 +26,7 @@ def training_prompts(settings: TrainSettings) -> tuple[Prompt, ...]:
             f"--prompt and --corpus {shown_path(settings.corpus)} are both given: "
             "give one of them, or write all prompts into one file"
         )
-    texts = [check_text(text, "--prompt") for text in settings.prompt]
+    texts = [check_prompt_text(text, "--prompt") for text in settings.prompt]
     if not all(texts):
         raise UsageError("--prompt is empty: give a text, e.g. --prompt 'a red car'")
     return number_prompts((text, "train") for text in texts)
