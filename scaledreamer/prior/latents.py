@@ -6,6 +6,8 @@
 __all__ = ['image_latents', 'latent_images', 'eps_of', 'run_unet', 'try_out']
 
 # %% ../../nbs/30_prior/84_latents.ipynb #6a2a076f
+import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +18,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..core.files import shown_path
-from ..core.settings import RunError, UsageError, shorten
+from ..core.settings import RunError, UsageError
 from .base import Rows
+from .pipeline_configs import loading
 from .pipeline_fit import check_noise
 from .pipeline_parts import PREDICTION_TYPES
-from .pipelines import first_line, quiet
 from .schedule import NoiseSchedule
 
 # %% ../../nbs/30_prior/84_latents.ipynb #eac62b57
@@ -80,16 +82,24 @@ def run_unet(
     return out.to(x_t.dtype, copy=copy)
 
 # %% ../../nbs/30_prior/84_latents.ipynb #34941b0a
-def _outputs(parts: Any, x: Tensor) -> dict[str, Tensor]:
-    "What each network makes of noise."
+def _outputs(parts: Any, x: Tensor, place: Path) -> dict[str, Tensor]:
+    "What each network makes of noise; an error names its configuration."
+
+    def run(part: str, network: Any, call: Callable[[], Tensor]) -> Tensor:
+        text = (network.config if part == "text_encoder" else network).to_json_string()
+        with loading(place / part / "config.json", type(network), json.loads(text)):
+            return call()
+
     t = torch.tensor([parts.schedule.steps - 1], device=x.device)
-    tokens = parts.text([""]).tokens.float()
-    parts.text.known.clear()  # the cache is left as it was
-    rgb = latent_images(parts.vae, x)
-    latents = image_latents(parts.vae, rgb, rgb.shape[-1])
-    return {"text_encoder": tokens, "vae": latents, "unet": run_unet(parts.unet, x, t, tokens)}
+    vae, unet, text = parts.vae, parts.unet, parts.text
+    tokens = run("text_encoder", text.encoder, lambda: text([""]).tokens.float())
+    text.known.clear()  # the cache is left as it was
+    rgb = run("vae", vae, lambda: latent_images(vae, x))
+    latents = run("vae", vae, lambda: image_latents(vae, rgb, rgb.shape[-1]))
+    out = run("unet", unet, lambda: run_unet(unet, x, t, tokens))
+    return {"text_encoder": tokens, "vae": latents, "unet": out}
 
-
+# %% ../../nbs/30_prior/84_latents.ipynb #a1601f84
 @torch.no_grad()
 def try_out(
     parts: Any,  # unet, vae, text (a TextCache), schedule, latent_shape, prediction_type
@@ -99,24 +109,18 @@ def try_out(
     channels, side, _ = parts.latent_shape
     small = min(side, max(8, side // 4))
     x = torch.randn(1, channels, small, small, generator=torch.Generator().manual_seed(0))
-    try:
-        with quiet():
-            values = _outputs(parts, x.to(parts.schedule.alphas_cumprod.device))
-    except Exception as error:  # of diffusers, transformers and torch
-        raise RunError(
-            f"{shown_path(name)}: its parts do not work together ({type(error).__name__}: "
-            f"{shorten(first_line(error), str, 200)}): expected the files of one model"
-        ) from None
+    values = _outputs(parts, x.to(parts.schedule.alphas_cumprod.device), Path(name))
     for part, value in values.items():
+        where = f"{shown_path(name)}/{part}"
         if not value.isfinite().all():
             raise RunError(
-                f"{shown_path(name)}/{part}: its output is not finite in {parts.unet.dtype}: give "
+                f"{where}: its output is not finite in {parts.unet.dtype}: give "
                 "--prior-settings.dtype float32, or copy or download the model again"
             )
         if part != "text_encoder" and value.shape != x.shape:
             raise UsageError(
-                f"{shown_path(name)}/{part}: latents of {list(x.shape)} become "
-                f"{list(value.shape)}: expected parts of one model"
+                f"{where}: latents of {list(x.shape)} become {list(value.shape)}: "
+                "expected parts of one model"
             )
     if parts.prediction_type == "epsilon":
         check_noise(x, values["unet"].cpu(), f"{shown_path(name)}/unet")
