@@ -138,7 +138,7 @@ def _differences(before: TrainSettings, now: TrainSettings, built: bool) -> list
         text = key in ("distill.nfsd_negative_prompt", "distill.bridge_source_prompt")
         default = b in (None, "auto") and key.startswith("distill.") and (text or not built)
         if not (same or default or key in _FREE):
-            found.append(f"{key} = {shorten(a, str)}, not {shorten(b, str)}")
+            found.append(f"{key} = {shorten(a, str, 120)}, not {shorten(b, str, 120)}")
     return found
 
 

@@ -1,0 +1,622 @@
+"""Run folders that are damaged, moved, shared, killed or resumed with other settings.
+
+`RUN_FOLDER_MUTATIONS=1000` makes as many seeded mutations of a run folder; by default 100."""
+
+import contextlib
+import io
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import warnings
+import zlib
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from PIL import Image
+
+from scaledreamer.commands import cli, evaluate
+from scaledreamer.commands.evaluate import training_cost
+from scaledreamer.commands.export import Export
+from scaledreamer.commands.train import Train
+from scaledreamer.core.files import MAX_FILE_BYTES
+from scaledreamer.core.settings import RunError, UsageError
+from scaledreamer.eval.clip import ClipScorer
+from scaledreamer.prior.stable_diffusion import TINY
+from scaledreamer.training import memory, trainer
+from scaledreamer.training import run as run_module
+from scaledreamer.training.checkpoints import checkpoint_steps
+from scaledreamer.training.run_folder import read_run_settings
+from scaledreamer.training.run_logs import read_rows
+from scaledreamer.training.train_settings import TrainSettings, build_prior
+from scaledreamer.training.trainer import open_run, train
+from scaledreamer.view import run_report
+
+STEPS, STOPPED = 4, 3  # of the whole run, and of the one in `folder`, with checkpoints 2 and 3
+posix = pytest.mark.skipif(os.name != "posix", reason="pipes, links and signals of POSIX")
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory):
+    corpus = tmp_path_factory.mktemp("corpus") / "two.json"
+    texts = ["a red ball", "a blue cube"]
+    corpus.write_text(json.dumps(texts), encoding="utf-8")
+    return TrainSettings(
+        prior="mixture",
+        corpus=str(corpus),
+        generator="ingp",
+        steps=STEPS,
+        prompts_per_step=1,
+        resolution=8,
+        log_every=1,
+        validate_every=2,
+        checkpoint_every=2,
+    )
+
+
+@pytest.fixture(scope="module")
+def whole(settings, tmp_path_factory):
+    "A run of all steps."
+    return train(tmp_path_factory.mktemp("whole") / "run", settings, show=False)
+
+
+@pytest.fixture(scope="module")
+def folder(settings, tmp_path_factory):
+    "A run folder with three of the four steps; never changed."
+    folder, done = tmp_path_factory.mktemp("stopped") / "run", []
+    stop = lambda: len(done) == STOPPED
+    train(folder, settings, stop=stop, on_step=lambda *step: done.append(step), show=False)
+    for name in ("eval.json", "report.html", "views/0000/000.png", "meshes/0000.glb"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("{}")
+    return folder
+
+
+@pytest.fixture
+def copy(folder, tmp_path):
+    return shutil.copytree(folder, tmp_path / "run")
+
+
+def weights(run):
+    return torch.cat([value.flatten() for value in run.generator.state_dict().values()])
+
+
+def warned(call, *arguments, **options):
+    "The result of a call, and its warnings."
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        result = call(*arguments, **options)
+    return result, " / ".join(str(one.message) for one in caught)
+
+
+def checksums(folder):
+    "CRC-32 of every file in a folder."
+    return {path: zlib.crc32(path.read_bytes()) for path in folder.rglob("*") if path.is_file()}
+
+
+# ---------------------------------------------------------------- 1,000 seeded mutations
+
+DEEP = b"[" * 10**5
+ODD = [None, True, -1, 0, 17, 1.5, 1e300, 10**19, 10**30, "", "x", "\ud800", [], {}, [[]], {"a": 1}]
+CONTENTS = [b"", b"null", b"17", b'"x"', b"[]", b"{}", b"[null]", DEEP, b"\xff\xfe\x00", b"NaN"]
+
+
+def _json_path(value, rng):
+    "A random list or dict inside a JSON value, and a random key of it."
+    places = []
+
+    def visit(node):
+        if isinstance(node, (dict, list)) and node:
+            places.extend(
+                (node, key) for key in (node if isinstance(node, dict) else range(len(node)))
+            )
+            for child in node.values() if isinstance(node, dict) else node:
+                visit(child)
+
+    visit(value)
+    return rng.choice(places) if places else None
+
+
+def _change_json(text, rng):
+    "The text of a JSON or JSON Lines file with a key removed or a value replaced."
+    lines = [text] if text.startswith("{\n") else text.split("\n")[:-1]
+    i = rng.randrange(len(lines)) if lines else 0
+    try:
+        value = json.loads(lines[i])
+        node, key = _json_path(value, rng)
+    except (ValueError, IndexError, TypeError):
+        return text + "{"
+    if rng.random() < 0.5:
+        del node[key]
+    else:
+        node[key] = rng.choice(ODD)
+    lines[i] = json.dumps(value)
+    return "\n".join(lines) + "\n"
+
+
+def _change_bytes(content, rng):
+    "Content with bytes flipped, cut, inserted, repeated, or with other line ends."
+    content, kind = bytearray(content), rng.randrange(8)
+    if kind == 0:
+        return content[: rng.randrange(len(content) + 1)]
+    if kind == 1:
+        for _ in range(rng.randrange(1, 9)):
+            if content:
+                content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
+    if kind == 2:
+        at = rng.randrange(len(content) + 1)
+        content[at:at] = rng.randbytes(rng.randrange(1, 40))
+    if kind == 3:
+        content += rng.choice([b"\n", b"x", b'{"step', b"\x00" * 20, bytes(content)])
+    if kind == 4:
+        lines = content.split(b"\n")
+        rng.shuffle(lines)
+        content = b"\n".join(lines)
+    if kind == 5:
+        content = content.replace(b"\n", b"\r\n")
+    if kind == 6:
+        content = b"\xef\xbb\xbf" + content
+    if kind == 7 and content:
+        at = rng.randrange(len(content))
+        del content[at : at + rng.randrange(1, 200)]
+    return content
+
+
+def _replace_by(path, rng):
+    "Something that is no regular file in place of a file or folder."
+    shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+    kind = rng.choice(
+        ["nothing", "pipe", "folder", "dangling", "circle", "device", "file", "sparse"]
+    )
+    if kind == "pipe":
+        os.mkfifo(path)
+    if kind == "folder":
+        path.mkdir()
+    if kind in ("dangling", "circle", "device"):
+        path.symlink_to({"dangling": "nowhere", "circle": path.name, "device": "/dev/zero"}[kind])
+    if kind in ("file", "sparse"):
+        path.touch()
+        size = MAX_FILE_BYTES + 1 if "json" in path.suffix else 1 << 26
+        os.truncate(path, size if kind == "sparse" else 0)
+    return kind
+
+
+def mutate(folder, rng):
+    "Damage one file or folder of a run; returns its name and what was done."
+    names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
+    often = [name for name in names if name.endswith(("json", "jsonl", "safetensors"))] * 3
+    name = rng.choice(names + often)
+    path = folder / name
+    if path.is_file():  # the copy is made of hard links
+        content = path.read_bytes()
+        path.unlink()
+        path.write_bytes(content)
+    if path.is_dir() or rng.random() < 0.2:
+        return name, _replace_by(path, rng)
+    content, kind = path.read_bytes(), rng.randrange(3)
+    if kind == 0 and path.suffix in (".json", ".jsonl"):
+        path.write_text(_change_json(content.decode(), rng), errors="surrogatepass")
+        return name, "json"
+    if kind == 1:
+        path.write_bytes(rng.choice(CONTENTS))
+        return name, "content"
+    path.write_bytes(_change_bytes(content, rng))
+    return name, "bytes"
+
+
+@pytest.fixture
+def commands(settings, monkeypatch, tmp_path):
+    """Runs commands without parsing, estimates and networks that a damaged folder does not reach:
+    the prior is made once, and metrics and pictures of an evaluation are not computed."""
+    priors = {}
+
+    def cached(settings, prompts, **options):
+        key = (settings.prior, tuple(prompts), settings.seed, settings.distill.view_prompting)
+        if key not in priors or settings.prior != "mixture":
+            priors[key] = build_prior(settings, prompts, **options)
+        return priors[key]
+
+    monkeypatch.setattr(run_module, "build_prior", cached)
+    dot = Image.new("RGB", (1, 1))
+    figure = SimpleNamespace(savefig=lambda buffer, **_: dot.save(buffer, "png"))
+    monkeypatch.setattr(os, "fsync", lambda _: None)
+    monkeypatch.setattr(trainer, "check_memory", lambda *_: None)
+    monkeypatch.setattr(memory, "memory_line", lambda *_: "")
+    monkeypatch.setattr(trainer, "image_grid", lambda *_, **__: dot)
+    monkeypatch.setattr(trainer, "render_views", lambda *_: SimpleNamespace(rgb=torch.zeros(1, 1)))
+    monkeypatch.setattr(run_report, "curves", lambda *_, **__: figure)
+    monkeypatch.setattr(
+        evaluate, "evaluate_scenes", lambda *_, **__: {"sim": 0.5, "per_prompt": []}
+    )
+    scorer = ClipScorer.load()
+
+    class Evaluated:
+        def __init__(self, folder):
+            self.folder = folder
+
+        def run(self):
+            return str(evaluate.evaluate_run(open_run(self.folder), scorer, views=1)["sim"])
+
+    made = {
+        "train": lambda run: Train(settings, out=run, resume=True, eval_views=0),
+        "export": lambda run: Export(run, "a red ball", tmp_path / "mesh.ply", resolution=8),
+        "evaluate": Evaluated,
+    }
+    monkeypatch.setattr(cli, "parse", lambda argv: made[argv[0]](Path(argv[1])))
+
+    def call(name, run):
+        "Exit code and lines of stderr; a traceback fails, a hang is an exception."
+
+        def late(*_):
+            raise TimeoutError(f"{name} hangs")
+
+        before = signal.signal(signal.SIGALRM, late)
+        signal.alarm(60)
+        (tmp_path / "mesh.ply").unlink(missing_ok=True)
+        try:
+            with (
+                contextlib.redirect_stderr(io.StringIO()) as err,
+                contextlib.redirect_stdout(io.StringIO()),
+            ):
+                code = cli.run_command([name, str(run)])
+        finally:
+            signal.alarm(0)
+            signal.signal(signal.SIGALRM, before)
+        return code, [line for line in err.getvalue().split("\n") if line]
+
+    return call
+
+
+def _as_before(run, settings, prompts):
+    "Whether config and prompts are still those of the run."
+    try:
+        now, free = read_run_settings(run), {"log_every": 1, "validate_every": 2, "device": "cpu"}
+        now = replace(now, **free, checkpoint_every=2, steps=STEPS, corpus=settings.corpus)
+        return (
+            now == replace(prompts[0], corpus=settings.corpus)
+            and (run / "prompts.jsonl").read_text() == prompts[1]
+        )
+    except (RunError, OSError, ValueError):
+        return False
+
+
+@posix
+def test_a_damaged_run_folder_gives_the_right_result_or_one_sentence(
+    folder, whole, settings, commands, tmp_path
+):
+    known = read_run_settings(folder), (folder / "prompts.jsonl").read_text()
+    meshes = {}
+    for step in (2, 3):
+        one = shutil.copytree(folder, tmp_path / f"at{step}")
+        shutil.rmtree(one / "checkpoints/000003") if step == 2 else None
+        assert commands("export", one)[0] == 0
+        meshes[step] = (tmp_path / "mesh.ply").read_bytes()
+    assert meshes[2] != meshes[3]
+    counts, problems, known_bytes = Counter(), [], checksums(folder)
+    for seed in range(int(os.environ.get("RUN_FOLDER_MUTATIONS", 100))):
+        rng = random.Random(seed)
+        run = shutil.copytree(folder, tmp_path / "mutant", copy_function=os.link)
+        name, what = mutate(run, rng)
+        command = rng.choice(["train", "train", "export", "export", "evaluate"])
+        same = _as_before(run, settings, known)
+        code, lines = None, []
+        try:
+            code, lines = commands(command, run)
+            own = [line for line in lines if line.startswith("scaledreamer: ")]
+            assert code in (0, 1, 2) and len(own) >= (code != 0), lines
+            assert not [line for line in lines if "Traceback" in line], lines
+            if code == 0 and command == "export":
+                step = 2 if any("the checkpoint of step 2 is used" in line for line in own) else 3
+                if same:
+                    assert (tmp_path / "mesh.ply").read_bytes() == meshes[step], "another mesh"
+            if code == 0 and command == "train":
+                last = open_run(run)
+                assert last.step == STEPS and torch.equal(weights(last), weights(whole)), "weights"
+                rows = read_rows(run / "metrics.jsonl", "step")
+                kept = {row["step"]: row for row in read_rows(whole.folder / "metrics.jsonl")}
+                if not name.startswith("metrics"):
+                    assert rows == list(kept.values()), "metrics"
+            if code == 0 and command == "evaluate":
+                assert json.loads((run / "eval.json").read_text())["sim"] == 0.5
+        except BaseException as error:  # one line per seed, below
+            if isinstance(error, KeyboardInterrupt):
+                raise
+            problems.append(
+                f"{seed} {command} {name} ({what}): {type(error).__name__} {error} {lines}"
+            )
+        counts[command, code] += 1
+        shutil.rmtree(run)
+    print(sorted(counts.items(), key=str))
+    assert checksums(folder) == known_bytes
+    assert not problems, f"{len(problems)} of {sum(counts.values())}\n" + "\n".join(problems)
+
+
+# ---------------------------------------------------------------- single kinds of damage
+
+
+@posix
+@pytest.mark.parametrize("name", ["metrics.jsonl", "sessions.jsonl"])
+@pytest.mark.parametrize("what", ["null\n", DEEP + b"\n", b"\xff\xfe\n", "folder", "pipe", "link"])
+def test_a_damaged_log_is_set_aside_and_stops_nothing(copy, settings, commands, name, what):
+    log = copy / name
+    log.unlink()
+    if what == "folder":
+        log.mkdir()
+    elif what == "pipe":
+        os.mkfifo(log)
+    elif what == "link":
+        log.symlink_to("nowhere")
+    else:
+        log.write_bytes(what if isinstance(what, bytes) else what.encode())
+    for command in ("evaluate", "export"):
+        code, lines = commands(command, copy)
+        assert code == 0 and ("damaged" in str(lines) or command == "export" or not log.is_file())
+        assert not (copy / f"{name}.damaged").exists()  # a reader changes nothing
+    code, lines = commands("train", copy)
+    assert code == 0 and f"it is now {name}.damaged" in "\n".join(lines)
+    assert os.path.lexists(copy / f"{name}.damaged")
+    steps = {"metrics.jsonl": [3], "sessions.jsonl": [4]}[name]
+    key = "step" if name.startswith("m") else "last"
+    assert [row[key] for row in read_rows(log)] == steps
+
+
+def test_only_damaged_rows_of_a_log_are_lost(copy, settings, whole):
+    log = copy / "metrics.jsonl"
+    lines = log.read_bytes().split(b"\n")
+    log.write_bytes(b"\n".join([lines[0], b'{"step": 0.5', b"\xff", lines[2], b'{"st']))
+    rows, line = warned(read_rows, log, "step")
+    assert [row["step"] for row in rows] == [0, 2] and "damaged in 2 lines, first in 2" in line
+    _, line = warned(train, copy, settings, resume=True, show=False)
+    assert "it is now metrics.jsonl.damaged, 2 rows are kept" in line
+    assert [row["step"] for row in read_rows(log)] == [0, 2, 3]
+
+
+def test_damaged_weights_fall_back_to_the_newest_whole_checkpoint(copy, settings, whole):
+    "One bit of one weight is enough; without a checksum it could not be known."
+    file = copy / "checkpoints/000003/generator.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-5] ^= 4
+    file.write_bytes(content)
+    opened, line = warned(open_run, copy)
+    assert opened.step == 2
+    assert "is damaged (its checksum differs); the checkpoint of step 2 is used" in line
+    with pytest.raises(RunError, match="its checksum differs.; put it back from a copy"):
+        open_run(copy, step=3)
+    run, _ = warned(train, copy, settings, resume=True, show=False)
+    assert torch.equal(weights(run), weights(whole))
+    metrics = (whole.folder / "metrics.jsonl").read_bytes()
+    assert (copy / "metrics.jsonl").read_bytes() == metrics
+    assert sorted(os.listdir(copy / "checkpoints")) == ["000002", "000003.damaged", "000004"]
+
+
+@pytest.mark.parametrize("content", [b"", b"null", b"{", DEEP, b"\xff", b'{"step": "x"}', b"{}"])
+def test_a_damaged_state_costs_only_the_comparison(copy, content):
+    (copy / "checkpoints/000003/state.json").write_bytes(content)
+    opened, line = warned(open_run, copy)
+    assert opened.step == 3
+    assert ("state.json" in line) == (content not in (b'{"step": "x"}', b"{}"))
+
+
+def test_when_no_checkpoint_is_whole_the_newest_is_named(copy, settings, commands):
+    for step in (2, 3):
+        (copy / f"checkpoints/00000{step}/generator.safetensors").write_bytes(b"x")
+    for command in ("export", "train", "evaluate"):
+        code, lines = commands(command, copy)
+        assert code == 1 and len(lines) == 1 and "000003/generator.safetensors" in lines[0]
+
+
+def test_an_optimiser_of_other_shapes_is_not_resumed(copy, settings, whole):
+    place = "checkpoints/00000{}/optimizer.safetensors"
+    shutil.copy(copy / "checkpoints/000003/generator.safetensors", copy / place.format(3))
+    os.remove(copy / "checkpoints/000003/state.json")
+    (copy / "checkpoints/000003/state.json").write_text('{"step": 3}')  # of an earlier version
+    run, line = warned(train, copy, settings, resume=True, show=False)
+    assert "is of another optimiser" in line and "the checkpoint of step 2 is used" in line
+    assert torch.equal(weights(run), weights(whole))
+
+
+@pytest.mark.parametrize(
+    "content, cause",
+    [
+        (b"\xff", "is not UTF-8"),
+        (b"", "it is empty"),
+        (b"null", "is null, not an object"),
+        (DEEP, "nested more than 100 deep"),
+        (b'{"prior": "mixture"}', "corpus is missing"),
+    ],
+)
+def test_a_damaged_config_is_one_sentence(copy, commands, content, cause):
+    (copy / "config.json").write_bytes(content)
+    for command in ("export", "train", "evaluate"):
+        code, lines = commands(command, copy)
+        assert code == 1 and len(lines) == 1 and cause in lines[0] and "put it back" in lines[0]
+
+
+# ---------------------------------------------------------------- one writer
+
+
+def test_a_second_writer_is_refused_and_the_first_is_not_disturbed(settings, tmp_path, whole):
+    refused = []
+
+    def second(step, metrics):
+        for resume in (False, True):
+            with pytest.raises(UsageError, match=r"run is in use by another run \(process \d+ on "):
+                train(tmp_path / "run", settings, resume=resume, show=False)
+            refused.append(step)
+
+    train(tmp_path / "run", settings, on_step=second, show=False)
+    assert len(refused) == 2 * STEPS and not (tmp_path / "run/.lock").exists()
+    metrics = (whole.folder / "metrics.jsonl").read_bytes()
+    assert (tmp_path / "run/metrics.jsonl").read_bytes() == metrics
+    assert len(read_rows(tmp_path / "run/sessions.jsonl")) == 1
+
+
+def test_threads_exclude_each_other_too(settings, tmp_path):
+    errors = []
+
+    def start():
+        try:
+            train(tmp_path / "run", settings, show=False)
+        except UsageError as error:
+            errors.append(str(error))
+
+    both = [threading.Thread(target=start) for _ in range(2)]
+    [thread.start() for thread in both]
+    [thread.join() for thread in both]
+    assert len(errors) == 1 and ("in use" in errors[0] or "not empty" in errors[0])
+    assert [row["step"] for row in read_rows(tmp_path / "run/metrics.jsonl")] == [*range(STEPS)]
+
+
+def test_a_run_that_died_before_its_first_checkpoint_is_in_nobodys_way(settings, tmp_path):
+    def die(step, metrics):
+        if step == 1:
+            raise MemoryError
+
+    for resume in (False, True):
+        with pytest.raises((MemoryError, RunError, UsageError)):
+            train(tmp_path / "run", settings, on_step=die, show=False)
+        assert {"config.json", "metrics.jsonl"} <= {*os.listdir(tmp_path / "run")}
+        other = replace(settings, seed=7, steps=1, checkpoint_every=1)
+        run = train(tmp_path / "run", other, resume=resume, show=False)
+        assert read_run_settings(run.folder).seed == 7
+        assert [row["step"] for row in read_rows(run.folder / "metrics.jsonl")] == [0]
+        shutil.rmtree(tmp_path / "run")
+    with pytest.raises((MemoryError, RunError, UsageError)):
+        train(tmp_path / "run", settings, on_step=die, show=False)
+    (tmp_path / "run/notes.txt").write_text("mine")
+    with pytest.raises(UsageError, match="exists and is not empty"):
+        train(tmp_path / "run", replace(settings, seed=7), show=False)
+    assert (tmp_path / "run/notes.txt").read_text() == "mine"
+
+
+# ---------------------------------------------------------------- moved and resumed
+
+
+@posix
+def test_a_run_is_moved_with_or_without_its_prior(settings, tmp_path, monkeypatch):
+    (tmp_path / "a/models").mkdir(parents=True)
+    shutil.copytree(TINY, tmp_path / "a/models/sd")
+    (tmp_path / "a/link").symlink_to("models/sd")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "a")
+    own = replace(settings, prior="models/sd/", steps=1)
+    run = train("run", own, show=False)
+    for prior in ("link", "models/sd", str(tmp_path / "a/link/")):
+        train("run", replace(own, prior=prior), resume=True, show=False)
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert torch.equal(weights(open_run("../a/run")), weights(run))
+    (tmp_path / "a").rename(tmp_path / "b")  # together
+    assert torch.equal(weights(open_run(tmp_path / "b/run")), weights(run))
+    (tmp_path / "b/models/sd").rename(tmp_path / "sd")
+    argv = ["export", str(tmp_path / "b/run"), "--prompt", "0000", "--resolution", "16", "--to"]
+    with contextlib.redirect_stderr(io.StringIO()) as err:
+        assert cli.run_command([*argv, "x.ply"]) == 1
+    assert err.getvalue().endswith("a/link): give its folder with --prior\n")
+    with contextlib.redirect_stdout(io.StringIO()):
+        assert cli.run_command([*argv, "x.ply", "--prior", str(tmp_path / "sd")]) == 0
+    moved = replace(own, prior=str(tmp_path / "sd"))
+    assert train(tmp_path / "b/run", moved, resume=True, show=False).step == 1
+    with pytest.raises(UsageError, match="prior = .+, not mixture"):
+        train(tmp_path / "b/run", replace(own, prior="mixture"), resume=True, show=False)
+
+
+def test_a_run_is_resumed_with_other_logging_saving_and_device(copy, settings, whole):
+    free = {"log_every": 2, "checkpoint_every": 1, "validate_every": 9, "device": "auto"}
+    run = train(copy, replace(settings, **free), resume=True, show=False)
+    assert run.step == STEPS and torch.equal(weights(run), weights(whole))
+    assert [row["step"] for row in read_rows(copy / "metrics.jsonl")] == [0, 1, 2]
+    assert read_run_settings(copy).checkpoint_every == 1
+
+
+def test_more_steps_go_on_with_the_schedules_of_the_new_length(copy, settings, whole):
+    longer = replace(settings, steps=STEPS + 2)
+    run, line = warned(train, copy, longer, resume=True, show=False)
+    assert run.step == STEPS + 2 and f"goes on with {STEPS + 2} steps, not {STEPS}" in line
+    rates = [row["lr"] for row in read_rows(copy / "metrics.jsonl")]
+    assert rates[3:] == [settings.optim.lr_at(step, STEPS + 2) for step in range(3, STEPS + 2)]
+    assert [row["steps"] for row in read_rows(copy / "sessions.jsonl")] == [STEPS, STEPS + 2]
+    with pytest.raises(UsageError, match=f"has done {STEPS + 2} steps already, and steps is 4"):
+        train(copy, settings, resume=True, show=False)
+
+
+def test_all_that_differs_is_said(copy, settings):
+    other = replace(settings, seed=1, method="sds", resolution=9)
+    sentence = "method = asd, not sds; seed = 0, not 1; resolution = 8, not 9: resume with the same"
+    with pytest.raises(UsageError, match=sentence):
+        train(copy, other, resume=True, show=False)
+
+
+# ---------------------------------------------------------------- signals and kills
+
+
+@posix
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_to_end_finishes_the_step_and_saves_it(settings, tmp_path, whole, number):
+    def send(step, metrics):
+        if step == 0:
+            signal.raise_signal(number)
+
+    before = signal.getsignal(number)
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path / "run", settings, on_step=send, show=False)
+    assert signal.getsignal(number) == before
+    assert checkpoint_steps(tmp_path / "run/checkpoints") == [1]
+    run = train(tmp_path / "run", settings, resume=True, show=False)
+    assert torch.equal(weights(run), weights(whole))
+
+
+KILLED = """
+import os, random, signal, sys, time
+import torch
+torch.set_num_threads(1)
+from scaledreamer.core.settings import from_json
+from scaledreamer.training.train_settings import TrainSettings
+from scaledreamer.training.trainer import train
+settings, folder, kills = from_json(TrainSettings, sys.argv[1]), sys.argv[2], int(sys.argv[3])
+rng, codes = random.Random(0), []
+for i in range(kills + 1):
+    child = os.fork()
+    if not child:
+        train(folder, settings, resume=True, show=False)
+        os._exit(0)
+    end = time.monotonic() + (rng.uniform(0.05, 1.5) if i < kills else 120)
+    while (done := os.waitpid(child, os.WNOHANG)) == (0, 0) and time.monotonic() < end:
+        time.sleep(0.01)
+    if done == (0, 0):
+        os.kill(child, signal.SIGKILL)
+        done = os.waitpid(child, 0)
+    codes.append(os.waitstatus_to_exitcode(done[1]))
+print(codes)
+"""
+
+
+@posix
+def test_kills_at_random_instants_lose_nothing(settings, tmp_path, whole):
+    from scaledreamer.core.settings import to_json
+
+    argv = [to_json(settings), str(tmp_path / "run"), os.environ.get("RUN_FOLDER_KILLS", "4")]
+    done = subprocess.run(
+        [sys.executable, "-c", KILLED, *argv], capture_output=True, text=True, timeout=600
+    )
+    assert done.returncode == 0 and done.stdout.rstrip().endswith(" 0]"), done.stderr
+    assert torch.equal(weights(open_run(tmp_path / "run")), weights(whole))
+    metrics = (whole.folder / "metrics.jsonl").read_bytes()
+    assert (tmp_path / "run/metrics.jsonl").read_bytes() == metrics
+    assert not [path for path in (tmp_path / "run").rglob("*damaged*")]
+
+
+def test_the_cost_of_training_leaves_out_damaged_sessions(tmp_path):
+    log = tmp_path / "sessions.jsonl"
+    log.write_text(
+        '{"seconds": 2, "peak_memory_gb": null}\nnull\n{"seconds": "x"}\n{"seconds": 1}\n'
+    )
+    cost, line = warned(training_cost, log)
+    assert cost == {"train_seconds": 3, "peak_memory_gb": None} and "damaged in 2 lines" in line
