@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from pathlib import Path
 
 import numpy as np
@@ -236,3 +237,25 @@ def test_the_matching_guidance_of_sds_by_window_and_shift():
     for window in ((-1, 5), (5, 4), (0, 1000)):
         with pytest.raises(UsageError, match="expected 0 <= smallest <= largest <= 999"):
             shift_probabilities(random_shift(0.1), window)
+
+
+def test_no_experiment_divides_by_the_number_of_runs():
+    "numpy's default (ddof = 0) is that of a whole population, not of a sample of seeds."
+    for folder in ("45_toy", "40_noise_error", "99_experiments"):
+        for path in sorted((NBS / folder).glob("*.ipynb")):
+            cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+            code = "\n".join("".join(c["source"]) for c in cells if c["cell_type"] == "code")
+            assert not re.findall(r"np\.std\((?![^\n]*ddof=1)", code), path.name
+
+
+def test_the_default_run_shows_the_estimate_of_its_committed_results():
+    folder = NBS / "99_experiments/results/main_job"
+    runs = [
+        json.loads((folder / f"{name}.json").read_text())
+        for name in ("eval", "eval-seed1", "eval-seed2")
+    ]
+    for notebook in ("index.ipynb", "99_experiments/10_default_run.ipynb"):
+        cells = json.loads((NBS / notebook).read_text(encoding="utf-8"))["cells"]
+        shown = json.dumps([c.get("outputs") for c in cells], ensure_ascii=False)
+        for key in ("volume_iou", "r_at_1_toybox_800", "silhouette_iou"):
+            assert estimate([run[key] for run in runs]).text() in shown, (notebook, key)
