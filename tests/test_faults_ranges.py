@@ -137,9 +137,9 @@ def odd_line(rng):
 def reach(line, measure=False):
     """Parse a command line and do all that comes before its work: 'work', or what it says.
 
-    `measure`: with the estimate of the memory of a step, which takes a second."""
+    `measure`: with prior, generator and the estimate of a step's memory, which take a second."""
     stop = mock.Mock(side_effect=Reached)
-    train = "training.trainer.locked_folder" if measure else "training.trainer.check_memory"
+    train = "training.trainer.locked_folder" if measure else "training.trainer.build"
     with contextlib.ExitStack() as stack:
         for place in (train, "commands.curve_and_toy.fresh", "commands.make_prior.make_tiny_sd"):
             stack.enter_context(mock.patch(f"scaledreamer.{place}", stop))
@@ -177,7 +177,7 @@ def fuzz(seed, count, folder, measure=False):
 
 
 def test_odd_numbers_give_one_sentence(tmp_path):
-    found = fuzz(0, 40, tmp_path)
+    found = fuzz(0, 30, tmp_path)
     assert sum(outcome != "work" for _, outcome in found) > 20
 
 
@@ -274,13 +274,16 @@ OUT_OF_MEMORY = (
 )
 
 
-@pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=lambda e: type(e).__name__)
-def test_memory_that_runs_out_is_a_sentence(error, tmp_path, capsys):
+def test_memory_that_runs_out_in_training_is_a_sentence(tmp_path, capsys):
     line = "train --prior mixture --generator ingp --prompts 1 --resolution 8 --eval-views 0 --out"
-    with mock.patch.object(trainer, "training_step", side_effect=error):
+    with mock.patch.object(trainer, "training_step", side_effect=OUT_OF_MEMORY[2]):
         assert cli.run_command([*line.split(), str(tmp_path / "run")]) == 1
     told = capsys.readouterr().err
     assert "memory" in told and "--resolution (8)" in told and "Traceback" not in told
+
+
+@pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=lambda e: type(e).__name__)
+def test_memory_that_runs_out_is_a_sentence(error, capsys):
     evaluate = cli.command_class("evaluate")
     with mock.patch.object(evaluate, "run", side_effect=error):
         assert cli.run_command(["evaluate", "none"]) == 1
