@@ -9,6 +9,7 @@ __all__ = ['THING', 'CAPTION', 'TOYBOX_15', 'TOYBOX_800', 'CORPORA', 'object_of'
 import random
 import re
 
+from ..core.settings import shorten
 from .objects import COLORS, SHAPES, ToyObject, on_top, single
 
 # %% ../../nbs/25_toybox/30_captions.ipynb #2cacd7cf
@@ -21,7 +22,7 @@ def object_of(caption: str) -> ToyObject:
     match = CAPTION.fullmatch(caption)
     if match is None:
         raise ValueError(
-            f"{caption!r} is not a Toybox caption: "
+            f"{shorten(caption, most=150)} is not a Toybox caption: "
             "write 'a COLOUR SHAPE' or 'a COLOUR SHAPE on a COLOUR SHAPE' "
             f"with a colour of {', '.join(COLORS)} and a shape of {', '.join(SHAPES)}"
         )

@@ -127,11 +127,21 @@ def table_prompts(content: str, path: str, separators: str) -> Iterator[tuple[st
         yield entry_prompt(dict(zip(names[::-1], row[::-1])), f"{path}: line {line}")
 
 # %% ../../nbs/70_training/05_corpus_files.ipynb #33294a42
-MAX_CORPUS_BYTES = 1 << 28  # 268 MB
-MAX_PROMPTS = 1_000_000
+MAX_CORPUS_BYTES = 1 << 26  # 67 MB
+MAX_PROMPTS = 1_000_000  # in a file
 CORPUS_SUFFIXES = ".txt, .json, .jsonl, .ndjson, .csv, .tsv, .yaml, .yml"
 
 
+def _corpus_text(path: Path) -> str:
+    "The text of a corpus file. Raises `UsageError` for a file that is no text, or too large."
+    content, name = read_text_file(path, UsageError, most=MAX_CORPUS_BYTES), shown_path(path)
+    if "\0" in content:
+        raise UsageError(f"{name} has null characters, so it is no text in UTF-8: save it as UTF-8")
+    if content.count("\n") + content.count("\r") > 4 * MAX_PROMPTS:
+        raise UsageError(f"{name} has more than {4 * MAX_PROMPTS:,} line ends: divide it")
+    return content
+
+# %% ../../nbs/70_training/05_corpus_files.ipynb #5a1c0e42
 def file_prompts(path: Path) -> Iterator[tuple[str, str]]:
     "(text, split) pairs of a corpus file. Raises `UsageError` for a file that is no corpus."
     check_regular_file(path, UsageError)
@@ -141,13 +151,12 @@ def file_prompts(path: Path) -> Iterator[tuple[str, str]]:
         raise UsageError(f"{name} {found}: expected one of {CORPUS_SUFFIXES}")
     if suffix in (".yaml", ".yml"):
         return listed_prompts(read_yaml(path, UsageError) or [], name)
-    content = read_text_file(path, UsageError, most=MAX_CORPUS_BYTES)
-    if "\0" in content:
-        raise UsageError(f"{name} has null characters, so it is no text in UTF-8: save it as UTF-8")
+    content = _corpus_text(path)
     if suffix in (".csv", ".tsv"):
         return table_prompts(content, name, "\t" if suffix == ".tsv" else ",;\t")
     if suffix == ".txt":
-        return line_prompts(enumerate(re.split("\r\n|\r|\n", content), 1), name)
+        lines = enumerate(re.split("\r\n|\r|\n", content), 1)
+        return line_prompts(((n, line) for n, line in lines if line.strip()), name)
     if suffix == ".json":
         try:
             return listed_prompts(parse_json(content) if content.strip() else [], name)
