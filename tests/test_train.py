@@ -225,8 +225,10 @@ def test_an_estimator_is_trained_saved_and_resumed_exactly(settings, tmp_path, m
         for name, weight in opened.estimator.estimator.state_dict().items()
     )
     (tmp_path / "whole/checkpoints/000004/estimator.safetensors").unlink()
+    with pytest.warns(UserWarning, match="estimator.safetensors cannot be read .+ step 2 is used"):
+        assert open_run(tmp_path / "whole").step == 2
     with pytest.raises(RunError, match="estimator.safetensors cannot be read"):
-        open_run(tmp_path / "whole")
+        open_run(tmp_path / "whole", step=4)
 
 
 @pytest.mark.parametrize("method", ["sds", "csd", "nfsd", "bridge", "sdi", "ism"])
@@ -368,9 +370,10 @@ def test_a_damaged_checkpoint_is_reported_and_the_one_before_opens(settings, tmp
     train(tmp_path / "run", settings, show=False)
     weights = tmp_path / "run/checkpoints/000004/generator.safetensors"
     weights.write_bytes(weights.read_bytes()[:100])
-    with pytest.raises(RunError, match="cannot be read"):
-        open_run(tmp_path / "run")
-    assert open_run(tmp_path / "run", step=2).step == 2
+    with pytest.warns(UserWarning, match="generator.safetensors is damaged .+ step 2 is used"):
+        assert open_run(tmp_path / "run").step == 2
+    with pytest.raises(RunError, match="is damaged"):
+        open_run(tmp_path / "run", step=4)
 
 
 FULL = """
@@ -429,7 +432,9 @@ def test_a_half_written_run_is_reported_in_a_sentence(tmp_path, capsys):
     (tmp_path / "config.json").write_text('{"prior": "tin', encoding="utf-8")
     for argv in (["evaluate", str(tmp_path)], ["train", "--out", str(tmp_path), "--resume"]):
         assert run_command(argv) == 1
-        assert re.fullmatch(r"scaledreamer: \S+config.json is damaged.+\n", capsys.readouterr().err)
+        assert re.fullmatch(
+            r"scaledreamer: \S+config.json is not JSON.+\n", capsys.readouterr().err
+        )
 
 
 def test_evaluate_completes_the_run_folder(run):
@@ -539,7 +544,7 @@ def test_the_norm_of_all_gradients_is_that_of_their_norms(settings):
         assert not torch.nn.utils.get_total_norm(gradients).isfinite()
 
 
-def test_a_log_that_cannot_be_written_is_a_sentence(settings, tmp_path, capsys):
+def test_a_log_that_is_a_folder_is_set_aside(settings, tmp_path, capsys):
     (tmp_path / "run").mkdir()
     argv = [
         "train",
@@ -562,13 +567,14 @@ def test_a_log_that_cannot_be_written_is_a_sentence(settings, tmp_path, capsys):
     (tmp_path / "run/sessions.jsonl").unlink()
     (tmp_path / "run/sessions.jsonl").mkdir()
     capsys.readouterr()
-    assert run_command([*argv, "--steps", "1", "--resume", "--out", str(tmp_path / "run")]) == 1
+    assert run_command([*argv, "--steps", "1", "--resume", "--out", str(tmp_path / "run")]) == 0
     assert re.search(
-        r"^scaledreamer: \S+sessions.jsonl cannot be written \(it is a folder\): "
-        r"give the name of a file$",
+        r"^scaledreamer: \S+sessions.jsonl cannot be read \(it is a folder\); "
+        r"it is now sessions.jsonl.damaged, 0 rows are kept$",
         capsys.readouterr().err,
         re.MULTILINE,
     )
+    assert (tmp_path / "run/sessions.jsonl").is_file()
 
 
 STOPPED = """
