@@ -9,6 +9,7 @@ import select
 import signal
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ import torch
 from torch import nn
 
 from scaledreamer.commands import cli
+from scaledreamer.commands.arguments import path_options
 from scaledreamer.commands.cli import overview, parse, run_command
 from scaledreamer.commands.shared import check_place
 from scaledreamer.core.settings import UsageError
@@ -90,7 +92,9 @@ def test_help_and_errors_in_any_encoding(encoding, monkeypatch):
     with pytest.raises(SystemExit, match="0"):
         run_command(["train", "--help"])
     assert run_command(["train", "--steps", "many"]) == 2
-    printed = [stream.buffer.getvalue().decode(encoding) for stream in streams if not stream.flush()]
+    printed = [
+        stream.buffer.getvalue().decode(encoding) for stream in streams if not stream.flush()
+    ]
     assert "--prompts-per-step" in printed[0] and printed[1].count("\n") == 1
 
 
@@ -174,6 +178,13 @@ def test_a_terminal_has_the_bar():
 # arguments
 
 
+@dataclass
+class Options:
+    json: Path | None = None
+    prior: str = "tiny-sd"
+    text: str = ""
+
+
 def test_a_home_folder_in_every_path(monkeypatch, tmp_path, capsys):
     monkeypatch.setenv("HOME", str(tmp_path))
     argv = "--out=~/x --corpus ~/c.txt --prior=~/sd --steps 3".split()
@@ -187,7 +198,7 @@ def test_a_home_folder_in_every_path(monkeypatch, tmp_path, capsys):
     assert parse(["evaluate", "~/run", "--clip=~/clip"]).clip == f"{tmp_path}/clip"
     weights = parse(["import-weights", "~/a.ckpt", "--out", "~/b"])
     assert (weights.file, weights.out) == (tmp_path / "a.ckpt", tmp_path / "b")
-    assert parse(["bench", "decoder", "--json", "~/b.json"]).json == tmp_path / "b.json"
+    assert path_options(Options) == {"json", "prior"}  # by type, or by the name of a text
     assert "no home of 'no-such-user'" in refused("evaluate", "~no-such-user/run", capsys=capsys)
 
 
@@ -254,7 +265,8 @@ def test_a_place_that_cannot_be_written_is_told_before_the_work(capsys, monkeypa
     assert "--out is /sys/x/run: nothing can be written to /sys" in sentence
     assert "--out" in refused("toy", "points", "--out", "/sys/x", capsys=capsys)
     assert "--out" in refused("curve", "--out", "/sys/x.json", capsys=capsys)
-    assert "--json" in refused("bench", "decoder", "--json", "/sys/x.json", capsys=capsys)
+    to = ("--prompt", "0", "--to", "/sys/x.glb")
+    assert "--to is /sys/x.glb: nothing can" in refused("export", "run", *to, capsys=capsys)
     assert "name is too long" in refused("train", "--out", "x" * 300, *QUICK, capsys=capsys)
     check_place(tmp_path / "a" / "b", "--out")
     assert not list(tmp_path.iterdir())
