@@ -119,7 +119,7 @@ def same_prompts(prompts: list[str], texts: TextEmbedding) -> list[list[str]]:
     "The groups of prompts whose embeddings are identical, so that they can only be one object."
     groups: list[tuple[int, list[str]]] = []
     places: dict[bytes, list[tuple[int, list[str]]]] = {}
-    for i, (prompt, pooled) in enumerate(zip(prompts, texts.pooled.cpu())):
+    for i, (prompt, pooled) in enumerate(zip(prompts, texts.pooled.float().cpu())):
         alike = places.setdefault(pooled.numpy().tobytes(), [])
         for first, group in alike:
             if torch.equal(texts.tokens[first], texts.tokens[i]):
