@@ -32,7 +32,20 @@ NEEDED = {  # arguments without which a command does nothing
     "import-weights": ["none.ckpt", "--out", "none"],
 }
 ODD = (
-    *("nan", "inf", "-inf", "1e400", "-1e400", "1e30", "1e-400", "1e-300", "-0.0", "0", "-1", "0.5"),
+    *(
+        "nan",
+        "inf",
+        "-inf",
+        "1e400",
+        "-1e400",
+        "1e30",
+        "1e-400",
+        "1e-300",
+        "-0.0",
+        "0",
+        "-1",
+        "0.5",
+    ),
     *("9" * 30, "-" + "9" * 30, "7" * 5000, "100000", "1000000", "1000000000", "4097", "1_000"),
     *("", " ", "1e3", "0x10", "1,5", "½", "²", "١٢", "None", "true", "--", "+5", "1.", "NaN"),
 )
@@ -187,18 +200,30 @@ def test_odd_numbers_give_one_sentence(tmp_path):
         ("train --resolution 100000", "--resolution is 100000: expected an integer from 1 to 4096"),
         ("train --views 1000000", "--views-per-prompt is 1000000: expected an integer from 1 to"),
         ("train --eval-views 1000000000", "--eval-views is 1000000000: expected an integer from 0"),
-        ("train --render.eikonal-samples -1", "--render.eikonal-samples is -1: expected an integer"),
+        (
+            "train --render.eikonal-samples -1",
+            "--render.eikonal-samples is -1: expected an integer",
+        ),
         ("train --render.gradients -1", "--render.eikonal-samples is -1: expected an integer"),
         ("train --optim.eps -1", "--optim.eps is -1.0: expected a number above 0"),
         ("train --optim.warmup -3", "--optim.warmup is -3: expected an integer from 0"),
         ("train --loss.opaque nan", "--loss.opaque is nan: expected a number from 0"),
         ("train --cameras.margin inf", "--cameras.margin is inf: expected a number from 1"),
-        ("train --cameras.fovy 50 40", "--cameras.fovy is (50.0, 40.0): expected the first at most"),
+        (
+            "train --cameras.fovy 50 40",
+            "--cameras.fovy is (50.0, 40.0): expected the first at most",
+        ),
         (f"train --steps {'9' * 30}", "--steps is an integer of about 31 digits: expected"),
         (f"train --steps {'9' * 5000}", "--steps is an integer of thousands of digits"),
         ("train --steps 1e3", "--steps is '1e3': expected an integer"),
-        ("train --preset paper --cameras.distance 0 1", "--cameras.distance is (0.0, 1.0): expected"),
-        ("train --preset paper --cameras.sphere-share 2", "--cameras.sphere-share is 2.0: expected"),
+        (
+            "train --preset paper --cameras.distance 0 1",
+            "--cameras.distance is (0.0, 1.0): expected",
+        ),
+        (
+            "train --preset paper --cameras.sphere-share 2",
+            "--cameras.sphere-share is 2.0: expected",
+        ),
         ("evaluate none --views 1000000", "--views is 1000000: expected an integer from 1 to 4096"),
         ("curve --out a.json --timesteps 1001", "--timesteps is 1001: expected an integer from 1"),
         ("curve --out a.json --guidance 1e400", "--guidance is inf: expected a number from -1000"),
@@ -216,7 +241,9 @@ def test_sentences_name_the_option(line, sentence, tmp_path, monkeypatch, capsys
 
 def test_intervals_include_their_closed_ends():
     assert 1 in Interval(0, 1) and 1 not in Interval(0, 1, "high") and 0 in Interval(0, 1, "high")
-    assert str(Interval(1, 10**8)) == "from 1 to 10^8" and str(Interval(0, 2, "low")).startswith("above")
+    assert str(Interval(1, 10**8)) == "from 1 to 10^8" and str(Interval(0, 2, "low")).startswith(
+        "above"
+    )
     assert TrainSettings(resolution=4096, steps=10**8, seed=2**32 - 1).resolution == 4096
 
 
@@ -291,7 +318,11 @@ def test_memory_that_runs_out_is_a_sentence(error, capsys):
 
 
 def test_real_allocations_that_fail():
-    for allocate in (lambda: torch.empty(2**45), lambda: bytearray(2**60), lambda: torch.empty(2**62)):
+    for allocate in (
+        lambda: torch.empty(2**45),
+        lambda: bytearray(2**60),
+        lambda: torch.empty(2**62),
+    ):
         with pytest.raises(RunError, match="the memory is exhausted.*: lower it$"):
             with memory_errors("lower it"):
                 allocate()
