@@ -14,7 +14,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from scaledreamer.commands.cli import run_command
 from scaledreamer.core.settings import RunError, UsageError
 from scaledreamer.core.tensors import seed_everything
 from scaledreamer.distill.estimator import LoRAEstimator
@@ -539,18 +538,6 @@ def test_files_that_are_no_stable_diffusion(tmp_path):
     assert "no file " in refusal(str(tmp_path / "absent.ckpt"), UsageError)
     os.mkfifo(tmp_path / "pipe.ckpt")
     assert "it is a pipe" in refusal(tmp_path / "pipe.ckpt", UsageError)
-
-
-# the command line ---------------------------------------------------------------------------------
-
-
-def test_the_command_line_says_one_sentence(copy, tmp_path, capsys, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    edit(copy, "scheduler/scheduler_config.json", beta_schedule="exponential")
-    line = ["train", "--prior", str(copy), "--steps", "1", "--eval-views", "0", "--resolution", "8"]
-    assert run_command([*line, "--out", "run"]) == 1
-    said = capsys.readouterr().err
-    assert "beta_schedule" in said and "Traceback" not in said
 
 
 if __name__ == "__main__":  # all of them: python tests/test_faults_pipelines.py [FIRST LAST]

@@ -22,7 +22,6 @@ from ..core.settings import RunError, UsageError
 from .base import Rows
 from .pipeline_configs import loading
 from .pipeline_fit import check_noise
-from .pipeline_parts import PREDICTION_TYPES
 from .schedule import NoiseSchedule
 
 # %% ../../nbs/30_prior/84_latents.ipynb #eac62b57

@@ -25,7 +25,7 @@ from ..core.settings import RunError, UsageError, shorten
 from .pipeline_configs import REMEDY, check_sizes, loading
 from .pipeline_index import SCHEDULERS
 from .pipeline_source import weight_kinds, weights_kind
-from .pipelines import first_line, quiet
+from .pipelines import first_line
 from .schedule import from_diffusers
 
 # %% ../../nbs/30_prior/66_pipeline_parts.ipynb #51ba9b99
