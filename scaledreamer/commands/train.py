@@ -30,7 +30,10 @@ class Train:
     )
     # run folder to write; None: runs/CORPUS-GENERATOR-METHOD-SEED, with the words of --prompt
     out: Path | None = None
-    resume: bool = False  # continue the run in the folder from its last checkpoint
+    # continue the run in the folder from its last checkpoint; steps, device and what concerns logs
+    # and checkpoints may be other than before. With more steps, the schedules (learning rate,
+    # timesteps, loss weights) go on as those of a run of that length
+    resume: bool = False
     # preset whose settings are the defaults of the other options
     preset: Literal["toybox", "paper"] = "toybox"
     # CLIP model of the evaluation: open_clip folder, NAME:PRETRAINED or tiny-clip; None: tiny-clip
