@@ -57,7 +57,7 @@ def check_writable(path: Path, option: str) -> None:
     "Raises UsageError for a result file that could not be written."
     if path.is_dir():
         raise UsageError(f"{option} is {path}: it is a folder, give the name of a file in it")
-    check_place(path.parent, option)
+    check_place(path.parent if path.exists() else path, option)
     if path.exists() and not os.access(path, os.W_OK):
         raise UsageError(f"{option} is {path}: it cannot be written to, give another file")
 
