@@ -31,7 +31,11 @@ setup(
     packages=find_packages(include=["scaledreamer", "scaledreamer.*"]),
     package_data={"scaledreamer": ["assets/**/*", "py.typed"]},
     install_requires=[*cfg["requirements"].split(), *lab],
-    extras_require={"lab": lab, "dev": cfg["dev_requirements"].split()},
+    extras_require={
+        "lab": lab,
+        "texture": cfg["texture_requirements"].split(),
+        "dev": cfg["dev_requirements"].split(),
+    },
     entry_points={
         "console_scripts": ["scaledreamer = scaledreamer.commands.main:main"],
         "nbdev": [f"{cfg['lib_name']}={cfg['lib_name']}._modidx:d"],
