@@ -6,7 +6,7 @@
 __all__ = ['ImageBatch', 'ImageSource', 'image_stream', 'stream_errors', 'read_partial', 'measure_curve']
 
 # %% ../../nbs/40_noise_error/20_measure.ipynb #19147188
-import json
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -18,6 +18,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ..core.settings import RunError, UsageError
+from ..core.files import json_lines, read_text_file, shown_path, split_json_lines
 from ..core.files import write_atomic
 from ..core.progress import progress_bar
 from ..core.tensors import make_rng
@@ -134,29 +135,38 @@ def stream_errors(
                     yield i, text, row
 
 # %% ../../nbs/40_noise_error/20_measure.ipynb #3fedd1ad
+def _is_row(row: Any) -> bool:
+    "Whether a value is [text, errors]."
+    text, errors = row if isinstance(row, list) and len(row) == 2 else (0, 0)
+    numbers = isinstance(errors, list) and {type(error) for error in errors} <= {int, float}
+    return isinstance(text, str) and numbers
+
+
 def read_partial(path: Path) -> tuple[dict[str, Any], list[tuple[str, list[float]]]]:
     "Settings and finished (text, errors) of a partial file; an incomplete last line is ignored."
-    try:
-        head, *rows = [
-            json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]
-        ]
-        return head, [(text, errors) for text, errors in rows]
-    except (UnicodeDecodeError, ValueError, TypeError) as error:
-        raise RunError(
-            f"{path} is no partial measurement ({error}): delete it or give another file"
-        ) from None
+    remedy = "delete it or give another file"
+    whole_lines = read_text_file(path, remedy=remedy).rpartition("\n")[0]
+    values, faults = split_json_lines(whole_lines)
+    wrong = [f"line {number}: {cause}" for number, cause in faults[:1]]
+    head, *rows = [value for _, value in values] or [None]
+    if not wrong and not (isinstance(head, dict) and all(map(_is_row, rows))):
+        wrong = ["expected an object of settings, then lists of a text and its errors"]
+    if wrong:
+        raise RunError(f"{shown_path(path)} is no partial measurement ({wrong[0]}): {remedy}")
+    return head, [(text, errors) for text, errors in rows]
 
 
 def _begin(path: Path, head: dict[str, Any]) -> list[tuple[str, list[float]]]:
     "Finished rows of the file, which is created, or rewritten without an incomplete line."
-    found, rows = read_partial(path) if path.exists() and path.stat().st_size else (head, [])
+    empty = not os.path.lexists(path) or path.is_file() and not path.stat().st_size
+    found, rows = (head, []) if empty else read_partial(path)
     for key, value in head.items():
         if found.get(key) != value:
             raise UsageError(
                 f"{path} was begun with {key} {found.get(key)!r}, not {value!r}: "
                 "give another file, or delete it"
             )
-    write_atomic(path, "".join(json.dumps(line) + "\n" for line in [head, *rows]))
+    write_atomic(path, json_lines([head, *rows]))
     return rows
 
 
@@ -205,7 +215,7 @@ def measure_curve(
                     continue
                 kept.append((text, errors.tolist()))
                 if file:
-                    file.write(json.dumps(kept[-1]) + "\n")
+                    file.write(json_lines([kept[-1]]))
                     file.flush()
                 bar.update()
         except RunError as error:
