@@ -17,7 +17,7 @@ import torch
 from scaledreamer.commands import cli
 from scaledreamer.core.memory import free_host_memory, group_memory, memory_errors, memory_left
 from scaledreamer.core.settings import Interval, RunError, UsageError
-from scaledreamer.training import memory, trainer
+from scaledreamer.training import memory_estimate, trainer
 from scaledreamer.training.corpora import number_prompts
 from scaledreamer.training.run import build
 from scaledreamer.training.train_settings import TrainSettings, paper
@@ -156,7 +156,9 @@ def reach(line, measure=False):
     with contextlib.ExitStack() as stack:
         for place in (train, "commands.curve_and_toy.fresh", "commands.make_prior.make_tiny_sd"):
             stack.enter_context(mock.patch(f"scaledreamer.{place}", stop))
-        stack.enter_context(mock.patch("scaledreamer.training.memory.memory_left", lambda _: 8e9))
+        stack.enter_context(
+            mock.patch("scaledreamer.training.memory_estimate.memory_left", lambda _: 8e9)
+        )
         out = stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
         try:
             command = cli.parse(line)
@@ -253,7 +255,7 @@ PROMPTS = number_prompts([("a red ball", "train")])
 
 def test_a_step_that_cannot_fit_is_refused_before_the_folder(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(memory, "memory_left", lambda device: 2 * 10**9)
+    monkeypatch.setattr(memory_estimate, "memory_left", lambda device: 2 * 10**9)
     Path("car.txt").write_text("a red ball\n")
     line = "train --corpus car.txt --prior mixture --generator ingp --prompts 1 --eval-views 0"
     line += " --views 16 --resolution 1024 --out run"
@@ -266,9 +268,9 @@ def test_a_step_that_cannot_fit_is_refused_before_the_folder(tmp_path, monkeypat
 
 def test_usual_runs_are_not_refused():
     for settings in (TrainSettings(), SMALL):
-        memory.check_memory(build(Path("none"), settings, PROMPTS), left=6 * 10**9)
+        memory_estimate.check_memory(build(Path("none"), settings, PROMPTS), left=6 * 10**9)
     own = replace(paper(), prior="mixture", generator="ingp", distill=SMALL.distill)
-    memory.check_memory(build(Path("none"), own, PROMPTS), left=8 * 10**9)
+    memory_estimate.check_memory(build(Path("none"), own, PROMPTS), left=8 * 10**9)
     assert memory_left() > 10**8
 
 

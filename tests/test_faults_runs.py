@@ -31,7 +31,7 @@ from scaledreamer.core.files import MAX_FILE_BYTES, read_text_file
 from scaledreamer.core.settings import RunError, UsageError
 from scaledreamer.eval.clip import ClipScorer
 from scaledreamer.prior.stable_diffusion import TINY
-from scaledreamer.training import memory, trainer
+from scaledreamer.training import memory_estimate, trainer
 from scaledreamer.training import run as run_module
 from scaledreamer.training.checkpoints import checkpoint_steps
 from scaledreamer.training.run_folder import read_run_settings
@@ -229,7 +229,7 @@ def commands(settings, monkeypatch, tmp_path):
     figure = SimpleNamespace(savefig=lambda buffer, **_: dot.save(buffer, "png"))
     monkeypatch.setattr(os, "fsync", lambda _: None)
     monkeypatch.setattr(trainer, "check_memory", lambda *_: None)
-    monkeypatch.setattr(memory, "memory_line", lambda *_: "")
+    monkeypatch.setattr(memory_estimate, "memory_line", lambda *_: "")
     monkeypatch.setattr(trainer, "image_grid", lambda *_, **__: dot)
     monkeypatch.setattr(trainer, "render_views", lambda *_: SimpleNamespace(rgb=torch.zeros(1, 1)))
     monkeypatch.setattr(run_report, "curves", lambda *_, **__: figure)

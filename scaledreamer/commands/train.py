@@ -61,7 +61,7 @@ class Train:
 def train_and_evaluate(options: Train) -> str:
     "Train, print the metrics of the result, and return the line that names the run folder."
     from scaledreamer.commands.evaluate import evaluate_run, named_scorer, scorer_for, summary
-    from scaledreamer.training.memory import memory_line
+    from scaledreamer.training.memory_estimate import memory_line
     from scaledreamer.training.method_defaults import describe_method
     from scaledreamer.training.trainer import train
 

@@ -31,7 +31,7 @@ from ..rendering.volume import render_views
 from .checkpoints import checkpoint_steps, load_checkpoint, load_newest
 from .checkpoints import save_checkpoint, unfinished_checkpoints
 from .corpora import read_manifest
-from .memory import check_memory, what_to_lower
+from .memory_estimate import check_memory, what_to_lower
 from .method_defaults import resolve_as_before
 from .run import Run, build
 from .run_folder import check_run_folder, log_session, read_run_settings
@@ -174,7 +174,8 @@ def train(
     `settings.generator` then only names. `on_start` receives the run before its first step,
     `on_step` every step and its metrics, whose values wait for the device. An interrupt saves a
     checkpoint before it is raised. The folder is locked meanwhile: a second run in it is refused.
-    Raises `UsageError` before the folder is made if a step [cannot fit](42_memory.ipynb)."""
+    Raises `UsageError` before the folder is made if a step [does not
+    fit](42_memory_estimate.ipynb) the memory."""
     folder, started = Path(folder), time.monotonic()
     settings = replace(settings, device=str(best_device(settings.device)))
     prompts = training_prompts(settings)
