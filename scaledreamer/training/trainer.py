@@ -174,8 +174,7 @@ def train(
     `settings.generator` then only names. `on_start` receives the run before its first step,
     `on_step` every step and its metrics, whose values wait for the device. An interrupt saves a
     checkpoint before it is raised. The folder is locked meanwhile: a second run in it is refused.
-    Raises `UsageError` before the folder is made if a step [does not
-    fit](42_memory_estimate.ipynb) the memory."""
+    Raises `UsageError` before the folder is made if a step does not fit the memory."""
     folder, started = Path(folder), time.monotonic()
     settings = replace(settings, device=str(best_device(settings.device)))
     prompts = training_prompts(settings)
