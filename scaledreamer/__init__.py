@@ -14,7 +14,7 @@ _PUBLIC = {
     "camera.rays": ("camera_rays",),
     "toybox.captions": ("object_of",),
     "toybox.renders": ("render_object",),
-    "prior.base": ("classifier_free_guidance",),
+    "prior.guidance": ("classifier_free_guidance",),
     "prior.mixture": ("MixturePrior",),
     "prior.stable_diffusion": ("StableDiffusionPrior",),
     "prior.toybox_mixture": ("toybox_mixture",),

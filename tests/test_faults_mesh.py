@@ -120,7 +120,9 @@ def test_clear_colours_are_blended(tmp_path, chair):
     assert np.allclose(arrays["COLOR_0"][:, 3], 100 / 255)
 
 
-@pytest.mark.parametrize("kind, up, front", [("glb", "y", "z"), ("obj", "y", "z"), ("ply", "z", "x")])
+@pytest.mark.parametrize(
+    "kind, up, front", [("glb", "y", "z"), ("obj", "y", "z"), ("ply", "z", "x")]
+)
 def test_every_file_says_or_prescribes_what_is_up(chair, tmp_path, kind, up, front):
     path = tmp_path / f"chair.{kind}"
     save_mesh(chair, path)
@@ -174,7 +176,9 @@ def test_formats_in_any_case(run, tmp_path, name, capsys):
         ("x.glb", ["--resolution", 100000], "--resolution is 100000: expected an integer from 8"),
     ],
 )
-def test_wrong_options_are_one_sentence_before_the_work(run, tmp_path, capsys, to, options, message):
+def test_wrong_options_are_one_sentence_before_the_work(
+    run, tmp_path, capsys, to, options, message
+):
     (tmp_path / "folder.glb").mkdir()
     (tmp_path / "note").write_text("")
     assert export(run / "none", tmp_path / to, *options) == 2

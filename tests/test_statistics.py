@@ -16,7 +16,7 @@ from scaledreamer.core.statistics import (
     difference_text,
     estimate,
     share_interval,
-    share_text,
+    proportion_text,
     t_half_width,
 )
 from scaledreamer.distill.conditioning import make_conditioning
@@ -90,7 +90,7 @@ def test_share_interval_is_that_of_clopper_and_pearson(count):
     for successes in range(count + 1):
         expected = stats.binomtest(successes, count).proportion_ci(0.95, method="exact")
         assert np.allclose(share_interval(successes, count), expected, atol=1e-9)
-    assert share_text(3, 3) == "3 of 3 [0.29, 1.00]"
+    assert proportion_text(3, 3) == "3 of 3 [0.29, 1.00]"
     for bad in ((-1, 3), (4, 3), (0, 0)):
         with pytest.raises(UsageError, match="expected 0 to all"):
             share_interval(*bad)

@@ -16,7 +16,6 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from ..core.settings import UsageError
-from ..core.tensors import expand_per_item
 from .schedule import NoiseSchedule
 
 # %% ../../nbs/30_prior/20_base.ipynb #126fc417

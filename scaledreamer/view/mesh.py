@@ -8,7 +8,6 @@ __all__ = ['field_planes', 'surface_reach', 'largest_part', 'vertex_colors', 'ex
 
 # %% ../../nbs/80_view/20_mesh.ipynb #c7572223
 import io
-import math
 from collections.abc import Iterator
 from pathlib import Path
 
