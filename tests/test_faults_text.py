@@ -21,6 +21,7 @@ from scaledreamer.prior.clip_text import unread_parts
 from scaledreamer.prior.mixture import MixturePrior
 from scaledreamer.prior.pipelines import random_unet, random_vae, small_tokenizer
 from scaledreamer.prior.stable_diffusion import TINY, StableDiffusionPrior
+from scaledreamer.toy.toy_settings import ToySettings
 from scaledreamer.training.method_defaults import resolve_settings
 from scaledreamer.training.run import build
 from scaledreamer.training.corpora import number_prompts
@@ -387,3 +388,15 @@ def test_a_guidance_can_be_auto_none_or_a_number_on_the_command_line(tmp_path, c
     for word in ("high", "nan", "1e30"):
         code, _, error = command(capsys, *argv, "--out", out, "--distill.guidance", word)
         assert code == 2 and "guidance" in error
+
+
+def test_an_unknown_shift_is_refused():
+    for settings, words in (
+        (DistillSettings(), "random, deterministic"),
+        (ToySettings(), "random, deterministic, none"),
+    ):
+        assert settings.shift_schedule().random
+        assert not replace(settings, shift="deterministic").shift_schedule().random
+        object.__setattr__(settings, "shift", "square")  # past the type checks of a test run
+        with pytest.raises(UsageError, match=f"^shift is 'square': expected one of {words}$"):
+            settings.shift_schedule()

@@ -7,9 +7,10 @@ __all__ = ['DEFECTS', 'DESCRIPTION', 'QuerySettings', 'DistillSettings']
 
 # %% ../../nbs/35_distill/45_distill_settings.ipynb #fec87952
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args, get_type_hints
 
-from ..core.settings import Interval, check_range, check_ranges, check_rising
+from ..core.settings import Interval, UsageError, check_range, check_ranges
+from ..core.settings import check_rising
 from .conditioning import ViewPrompting
 from .shift import ShiftSchedule, deterministic_shift, random_shift
 from .timesteps import TimestepWindow, annealed_window
@@ -58,8 +59,14 @@ class QuerySettings:
         return annealed_window(steps, self.window_start, self.window_end)
 
     def shift_schedule(self) -> ShiftSchedule:
-        "The shift of ASD's second timestep."
-        return (random_shift if self.shift == "random" else deterministic_shift)(self.eta)
+        "The shift of ASD's second timestep. Raises `UsageError` for an unknown one."
+        match self.shift:
+            case "random":
+                return random_shift(self.eta)
+            case "deterministic":
+                return deterministic_shift(self.eta)
+        words = ", ".join(get_args(get_type_hints(type(self))["shift"]))
+        raise UsageError(f"shift is {self.shift!r}: expected one of {words}")
 
 # %% ../../nbs/35_distill/45_distill_settings.ipynb #1b12e475
 @dataclass(frozen=True)
