@@ -37,7 +37,7 @@ def nfsd(
 ) -> ScoreGradient:
     """Noise-Free Score Distillation: the source is eps of bad images, 0 below timestep `clean`.
 
-    A `Method`; raises `UsageError` without `text.defects`.
+    A `Method`; raises `UsageError` without `text.nfsd_negative`.
     """
     if text.nfsd_negative is None:
         raise UsageError(
