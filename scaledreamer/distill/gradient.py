@@ -16,7 +16,7 @@ from ..core.settings import UsageError
 from ..prior.schedule import NoiseSchedule
 
 # %% ../../nbs/35_distill/10_gradient.ipynb #c6be2042
-Weight = Callable[[NoiseSchedule, Tensor], Tensor]  # w(t) [b] of timesteps t [b]
+Weight = Callable[[NoiseSchedule, Tensor], Tensor]  # omega(t) [b] of timesteps t [b]
 
 
 def sds_weight(schedule: NoiseSchedule, t: Int[Tensor, " b"]) -> Float[Tensor, " b"]:

@@ -27,11 +27,11 @@ from ..prior.base import predict_noise_batched
 class ScoreGradient:
     "A score distillation gradient and the pieces that made it, all without a graph."
 
-    gradient: Float[Tensor, "b ..."]  # weight (target - source), at the latents
+    gradient: Float[Tensor, "b ..."]  # omega(t) (target - source), at the latents
     target: Float[Tensor, "b ..."]  # the prior's noise prediction with guidance
     unguided: Float[Tensor, "b ..."]  # the target without guidance, mostly eps given the text
     source: Float[Tensor, "b ..."]  # noise prediction for the distribution of the renders
-    weight: Float[Tensor, " b"]  # w(t)
+    weight: Float[Tensor, " b"]  # omega(t)
     t: Int[Tensor, " b"]
     t_shifted: Int[Tensor, " b"]  # timestep of the source; t if the method does not shift
 
@@ -56,7 +56,7 @@ def score_gradient(
     t: Tensor,
     t_shifted: Tensor | None = None,
 ) -> ScoreGradient:
-    "Eq. 1 of the paper, w(t) (target - source)."
+    "Eq. 1 of the paper, omega(t) (target - source)."
     w = weight(prior.schedule, t)
     gradient = expand_per_item(w, target) * (target - source)
     return ScoreGradient(
