@@ -58,7 +58,7 @@ def readable_terms(
     prompts: Sequence[str] = (),  # texts that the terms follow, if any
     view_prompting: str = "plain",
 ) -> str:
-    "As many first terms as the prior reads whole, behind the longest of the prompts."
+    "The longest prefix of `terms` that fits the text encoder after the longest prompts."
     if is_toybox_prior(prior):
         return ""
     words, longest = terms.split(", "), sorted(prompts, key=len)[-16:]
