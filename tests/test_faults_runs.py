@@ -518,12 +518,17 @@ def test_a_run_is_moved_with_or_without_its_prior(settings, tmp_path, monkeypatc
     (tmp_path / "a").rename(tmp_path / "b")  # together
     assert torch.equal(weights(open_run(tmp_path / "b/run")), weights(run))
     (tmp_path / "b/models/sd").rename(tmp_path / "sd")
-    argv = ["export", str(tmp_path / "b/run"), "--prompt", "0000", "--resolution", "16", "--to"]
-    with contextlib.redirect_stderr(io.StringIO()) as err:
-        assert cli.run_command([*argv, "x.ply"]) == 1
-    assert err.getvalue().endswith("a/link): give its folder with --prior\n")
+    argv = ["export", str(tmp_path / "b/run"), "--resolution", "16", "--to", "x.ply", "--prompt"]
+    # in processes of their own: checks of types open the prior in this one
+    alone = lambda text: subprocess.run(
+        [sys.executable, "-m", "scaledreamer", *argv, text], capture_output=True, text=True
+    )
+    assert alone("0000").returncode == 0  # its text is stored in the run
+    other = alone("a green cone")
+    assert other.returncode == 1
+    assert other.stderr.endswith("a/link): give its folder with --prior\n")
     with contextlib.redirect_stdout(io.StringIO()):
-        assert cli.run_command([*argv, "x.ply", "--prior", str(tmp_path / "sd")]) == 0
+        assert cli.run_command([*argv, "a green cone", "--prior", str(tmp_path / "sd")]) == 0
     moved = replace(own, prior=str(tmp_path / "sd"))
     assert train(tmp_path / "b/run", moved, resume=True, show=False).step == 1
     with pytest.raises(UsageError, match="prior = .+, not mixture"):

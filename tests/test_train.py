@@ -443,6 +443,7 @@ def test_evaluate_completes_the_run_folder(run):
     assert {path.name for path in run.folder.iterdir()} == {
         "config.json",
         "prompts.jsonl",
+        "texts.safetensors",
         "metrics.jsonl",
         "sessions.jsonl",
         "checkpoints",

@@ -95,14 +95,16 @@ def resolve_settings(
 
     Raises `UsageError` for an unknown method."""
     method_of(settings)
-    distill, own = settings.distill, method_defaults(settings.method, prior)
+    distill = settings.distill
     if distill.view_prompting == "auto":
         distill = replace(distill, view_prompting=resolve_view_prompting(prior, "auto"))
-    distill = replace(
-        distill,
-        guidance=own.guidance if distill.guidance == "auto" else distill.guidance,
-        weight=own.weight if distill.weight == "auto" else distill.weight,
-    )
+    if "auto" in (distill.guidance, distill.weight):
+        own = method_defaults(settings.method, prior)
+        distill = replace(
+            distill,
+            guidance=own.guidance if distill.guidance == "auto" else distill.guidance,
+            weight=own.weight if distill.weight == "auto" else distill.weight,
+        )
     settings = replace(settings, distill=distill)
     return replace(settings, distill=replace(distill, **_texts_of(settings, prior, prompts)))
 

@@ -149,13 +149,14 @@ def build(
     prompts: tuple[Prompt, ...],
     make_generator: MakeGenerator | None = None,
     trained: bool = False,  # the run was trained before, by whatever it was: nothing is refused
+    prior: Prior | None = None,  # in place of the prior that the settings name
 ) -> Run:
     """A run at step 0; `make_generator`, if given, makes its generator.
 
     Raises `UsageError` for names and prompts that cannot be used, and warns of prompts that the
     prior reads as one."""
     check_names(settings, make_generator)
-    prior = build_prior(settings, prompts, strict=not trained)
+    prior = prior or build_prior(settings, prompts, strict=not trained)
     train_prompts = [prompt.text for prompt in prompts if prompt.split == "train"]
     texts = prior.encode_text(train_prompts)
     if not trained:

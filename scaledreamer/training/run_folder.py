@@ -24,6 +24,7 @@ from .checkpoints import checkpoint_steps
 from .corpora import Prompt, read_manifest, write_manifest
 from .run import Run
 from .run_logs import append_row
+from .stored_texts import TEXTS_FILE, store_texts
 from .train_settings import TrainSettings, read_settings
 
 # %% ../../nbs/70_training/45_run_folder.ipynb #9945c45e
@@ -89,7 +90,7 @@ _FREE |= {f"render.{name}_rays_per_chunk" for name in ("train", "eval")}
 _FREE |= {f"prior_settings.{name}" for name in ("dtype", "channels_last", "compile", "graphs")}
 _FREE |= {f"prior_settings.{name}" for name in ("shared_text", "vae_checkpoint")}
 _BEFORE_CHECKPOINT = {"config.json", "prompts.jsonl", "metrics.jsonl", "import.json"}
-_BEFORE_CHECKPOINT |= {"validation", "checkpoints"}
+_BEFORE_CHECKPOINT |= {TEXTS_FILE, "validation", "checkpoints"}
 
 
 def _entries(folder: Path) -> list[Path]:
@@ -217,6 +218,8 @@ def start_folder(run: Run) -> None:
                 )
     write_run_settings(folder, settings)
     write_manifest(folder / "prompts.jsonl", run.prompts)
+    texts = [prompt.text for prompt in run.train_prompts]
+    store_texts(folder, texts, run.prior.encode_text(texts))
 
 # %% ../../nbs/70_training/45_run_folder.ipynb #5695673a
 def log_session(run: Run, first: int, started: float) -> None:

@@ -30,7 +30,8 @@ from ..core.tensors import best_device, devices
 from ..rendering.volume import render_views
 from .checkpoints import checkpoint_steps, load_checkpoint, load_newest
 from .checkpoints import save_checkpoint, unfinished_checkpoints
-from .corpora import read_manifest
+from ..prior.base import Prior
+from .corpora import Prompt, read_manifest
 from .memory_estimate import check_memory, what_to_lower
 from .method_defaults import resolve_as_before
 from .run import Run, build
@@ -39,7 +40,9 @@ from .run_folder import start_folder
 from .run_logs import append_row, repair_log, truncate_metrics
 from .run_prompts import training_prompts
 from .step import training_step
+from .stored_texts import StoredTextPrior, read_stored_texts
 from .train_settings import GENERATORS, MakeGenerator, TrainSettings
+from .train_settings import ESTIMATOR_METHODS, build_prior
 
 # %% ../../nbs/70_training/50_trainer.ipynb #daa757b5
 @torch.no_grad()
@@ -205,15 +208,35 @@ def _settings_here(folder: Path, prior: str | None) -> TrainSettings:
     "The settings of a run folder on this machine: its best device, and the prior where it is now."
     settings = read_run_settings(folder)
     settings = replace(settings, prior=prior or settings.prior)
+    if settings.device not in devices():
+        settings = replace(settings, device=str(best_device()))
+    return settings
+
+
+def _open_prior(folder: Path, settings: TrainSettings, prompts: tuple[Prompt, ...]) -> Prior:
+    "The prior of a trained run. Raises `RunError` where it is not on this machine."
     place = Path(settings.prior)
     if place.is_absolute() and not place.exists():
         raise RunError(
             f"the prior of {shown_path(folder)} is not on this machine ({shown_path(place)}): "
             "give its folder with --prior"
         )
-    if settings.device not in devices():
-        settings = replace(settings, device=str(best_device()))
-    return settings
+    return build_prior(settings, prompts, strict=False)
+
+
+def _prior_of(
+    folder: Path, settings: TrainSettings, prompts: tuple[Prompt, ...], given: str | None
+) -> Prior:
+    "The prior of a trained run, opened when more is needed than the texts that the run stored."
+    trains = settings.method in ESTIMATOR_METHODS  # a copy of the prior's U-Net
+    stored = None if given or trains else read_stored_texts(folder)
+    trained_on = {prompt.text for prompt in prompts if prompt.split == "train"}
+    if stored is None or not trained_on <= {*stored[0]}:
+        return _open_prior(folder, settings, prompts)
+    texts, embedding = stored
+    return StoredTextPrior(
+        texts, embedding.to(settings.device), lambda: _open_prior(folder, settings, prompts)
+    )
 
 # %% ../../nbs/70_training/50_trainer.ipynb #922169c1
 def open_run(
@@ -238,7 +261,8 @@ def open_run(
     if not steps or step not in (None, *steps):
         found = f"no checkpoint {step}, only {steps}" if steps else "no finished checkpoint"
         raise RunError(f"{folder} has {found}: train it, or go on with --resume")
-    run = build(folder, settings, prompts, make_generator, trained=True)
+    opened = _prior_of(folder, settings, prompts, prior)
+    run = build(folder, settings, prompts, make_generator, trained=True, prior=opened)
     if step is None:
         run.step, _ = load_newest(checkpoints, run.generator, estimator=run.estimator)
     else:
