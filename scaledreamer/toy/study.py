@@ -216,7 +216,7 @@ def plot_study(
             if what in study.get("fresh", {}):
                 axis.axhline(band([study["fresh"][what]])[0].mean(), color="#999999", linewidth=0.8)
             seeds = f"{len(study['seeds'])} seeds" if len(study["seeds"]) > 1 else "one seed"
-            axis.set(title=what, xlabel=f"step ({seeds})")
+            axis.set(title=what.replace("_", " "), xlabel=f"step ({seeds})")
             if what == "energy distance":  # unbiased, so it may be negative
                 axis.set_yscale("symlog", linthresh=0.01)
             elif what not in ("mode_coverage", "mode_width_ratio"):
