@@ -141,6 +141,9 @@ link = lambda target: lambda path: path.symlink_to(target)
 WRONG = {  # name: content, words of the message
     "folder.txt": (Path.mkdir, "it is a folder"),
     "folder.json": (Path.mkdir, "it is a folder"),
+    "twice.json": ('{"train": ["a"], "train": ["b"]}', "the key 'train' twice"),
+    "twice.jsonl": ('{"text": "a", "text": "b"}', "the key 'text' twice"),
+    "twice.yaml": ("train: [a]\ntrain: [b]", "the key 'train' twice"),
     "pipe.txt": (fifo, "it is a pipe"),
     "pipe.json": (fifo, "it is a pipe"),
     "pipe.csv": (fifo, "it is a pipe"),

@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from .settings import RunError, _dumps
+from .settings import RunError, _dumps, unique_keys
 
 # %% ../../nbs/10_core/20_files.ipynb #284314ca
 class WriteError(RunError, OSError):
@@ -217,7 +217,8 @@ def _check_content(value: Any) -> None:
 def parse_json(text: str) -> Any:
     "The value of a JSON text. Raises `ValueError`, whose message is the cause."
     try:
-        value = json.loads(text, parse_int=_integer, parse_float=_finite, parse_constant=_finite)
+        numbers = {"parse_int": _integer, "parse_float": _finite, "parse_constant": _finite}
+        value = json.loads(text, object_pairs_hook=unique_keys, **numbers)
         _check_content(value)
         return value
     except json.JSONDecodeError as error:

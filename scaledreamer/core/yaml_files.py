@@ -12,11 +12,17 @@ from typing import Any
 import yaml
 
 from .files import MAX_JSON_DEPTH, _check_content, read_text_file, shown_path
-from .settings import RunError, shorten
+from .settings import RunError, shorten, unique_keys
 
 # %% ../../nbs/10_core/22_yaml_files.ipynb #4b99c503
 MAX_YAML_BYTES = 1 << 24  # reading takes seconds per 10 MB
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the same in C, where it is installed
+
+
+class _Loader(_LOADER):
+    def construct_mapping(self, node: yaml.Node, deep: bool = False) -> dict[Any, Any]:
+        unique_keys([(key.value, 0) for key, _ in node.value if isinstance(key, yaml.ScalarNode)])
+        return super().construct_mapping(node, deep)
 
 
 def _check_yaml(text: str) -> None:
@@ -35,7 +41,7 @@ def parse_yaml(text: str) -> Any:
     "The value of a YAML text. Raises `ValueError`, whose message is the cause."
     try:
         _check_yaml(text)
-        value = yaml.load(text, Loader=_LOADER)
+        value = yaml.load(text, Loader=_Loader)
         _check_content(value)
         return value
     except yaml.MarkedYAMLError as error:
