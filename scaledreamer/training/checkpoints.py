@@ -12,7 +12,7 @@ import os
 import shutil
 import warnings
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -186,22 +186,24 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         raise UnusableCheckpoint(f"{shown_path(path)} cannot be read ({cause})", _RESTORE) from None
 
 
-def _check_state(folder: Path) -> None:
-    "Raises `UnusableCheckpoint` for files that are not those that were written."
+def _check_state(folder: Path, files: Iterable[Path]) -> None:
+    "Raises `UnusableCheckpoint` where `files` are not those that were written."
     try:
         remedy = "the files beside it are used without a comparison of checksums"
         state = read_json(folder / "state.json", dict, remedy=remedy)
+        if not isinstance(state.get("step"), int):
+            raise RunError(f"{shown_path(folder / 'state.json')} has no step: {remedy}")
     except RunError as error:
         warnings.warn(str(error), stacklevel=5)
         return
-    step, sums = state.get("step"), state.get("crc32")
-    if isinstance(step, int) and step != int(folder.name):
+    step, sums = state["step"], state.get("crc32")
+    if step != int(folder.name):
         raise UnusableCheckpoint(
             f"{shown_path(folder)} holds step {step} by its state.json", "give it its own name"
         )
-    for name, value in (sums if isinstance(sums, dict) else {}).items():
-        path = folder / Path(name).name
-        if path.is_file() and _checksum(path) != value:
+    sums = sums if isinstance(sums, dict) else {}
+    for path in files:
+        if path.name in sums and path.is_file() and _checksum(path) != sums[path.name]:
             raise UnusableCheckpoint(
                 f"{shown_path(path)} is damaged (its checksum differs)", _RESTORE
             )
@@ -242,13 +244,16 @@ def load_checkpoint(
     estimator: EstimatorTrainer | None = None,
 ) -> int:
     "Load one checkpoint folder; returns its step. Raises `RunError` for damaged or other files."
-    _check_state(folder)
-    _load_weights(generator, folder / "generator.safetensors")
+    parts = ["generator"] + ["optimizer"] * (optimizer is not None)
+    parts += ["estimator", "estimator_optimizer"] * (estimator is not None)
+    files = {part: folder / f"{part}.safetensors" for part in parts}
+    _check_state(folder, files.values())
+    _load_weights(generator, files["generator"])
     if optimizer is not None:
-        _load_optimizer_file(optimizer, folder / "optimizer.safetensors")
+        _load_optimizer_file(optimizer, files["optimizer"])
     if estimator is not None:
-        _load_weights(estimator.estimator, folder / "estimator.safetensors")
-        _load_optimizer_file(estimator.optimizer, folder / "estimator_optimizer.safetensors")
+        _load_weights(estimator.estimator, files["estimator"])
+        _load_optimizer_file(estimator.optimizer, files["estimator_optimizer"])
     return int(folder.name)
 
 # %% ../../nbs/70_training/30_checkpoints.ipynb #502b45a6
