@@ -200,6 +200,8 @@ def test_a_home_folder_in_every_path(monkeypatch, tmp_path, capsys):
     assert (weights.file, weights.out) == (tmp_path / "a.ckpt", tmp_path / "b")
     assert path_options(Options) == {"json", "prior"}  # by type, or by the name of a text
     assert "no home of 'no-such-user'" in refused("evaluate", "~no-such-user/run", capsys=capsys)
+    for option in ("--out", "--prior", "--corpus", "--clip"):
+        assert f"{option} is empty" in refused("train", option, "", capsys=capsys)
 
 
 @pytest.mark.parametrize(

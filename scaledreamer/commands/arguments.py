@@ -53,11 +53,16 @@ def path_options(cls: type) -> set[str]:
 
 
 def expand_home(argv: list[str], cls: type) -> list[str]:
-    "The arguments with the home folder for `~` in paths. Raises `UsageError` for unknown users."
+    """The arguments with the home folder for `~` in paths.
+    Raises `UsageError` for unknown users and empty paths, which would be the current folder."""
     options = path_options(cls)
 
     def expand(option: str, value: str) -> str:
-        if not value.startswith("~") or option and option.strip("-").split(".")[-1] not in options:
+        if option and option.strip("-").split(".")[-1] not in options:
+            return value
+        if option and not value:
+            raise UsageError(f"{option} is empty: give a path, or leave the option out")
+        if not value.startswith("~"):
             return value
         path = os.path.expanduser(value)
         if path.startswith("~") and "/" in path:

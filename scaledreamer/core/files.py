@@ -16,10 +16,11 @@ import re
 import stat
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from .settings import RunError, _dumps, unique_keys
+from .settings import RunError, _dumps, shorten, unique_keys
 
 # %% ../../nbs/10_core/20_files.ipynb #284314ca
 class WriteError(RunError, OSError):
@@ -247,8 +248,7 @@ def read_json(
     if not isinstance(value, kind):
         kinds = kind if isinstance(kind, tuple) else (kind,)
         expected = " or ".join(_TYPES[k] for k in kinds)
-        found = json.dumps(value, ensure_ascii=False)
-        found = found if len(found) <= 40 else f"{found[:40]}..."
+        found = shorten(value, partial(json.dumps, ensure_ascii=False), 40)
         raise error(f"{shown_path(path)} is {found}, not {expected}: {remedy or 'correct it'}")
     return value
 

@@ -219,7 +219,7 @@ def start_folder(run: Run) -> None:
     write_run_settings(folder, settings)
     write_manifest(folder / "prompts.jsonl", run.prompts)
     texts = [prompt.text for prompt in run.train_prompts]
-    store_texts(folder, texts, run.prior.encode_text(texts))
+    store_texts(folder, texts, run.prior.encode_text)
 
 # %% ../../nbs/70_training/45_run_folder.ipynb #5695673a
 def log_session(run: Run, first: int, started: float) -> None:

@@ -36,11 +36,18 @@ def _checksum(tensors: dict[str, Tensor]) -> str:
     return str(value)
 
 
-def store_texts(folder: Path, texts: Sequence[str], embedding: TextEmbedding) -> None:
-    "Write the embeddings of `texts`, one row each, unless they take more than `LARGEST_TEXTS`."
-    values = {name: value for name, value in vars(embedding).items() if value is not None}
-    if sum(value.numel() * value.element_size() for value in values.values()) > LARGEST_TEXTS:
+def _parts(embedding: TextEmbedding) -> dict[str, Tensor]:
+    return {name: value for name, value in vars(embedding).items() if value is not None}
+
+
+def store_texts(
+    folder: Path, texts: list[str], encode: Callable[[list[str]], TextEmbedding]
+) -> None:
+    "Write the embeddings of `texts`, unless they take more than `LARGEST_TEXTS`."
+    one = sum(value.numel() * value.element_size() for value in _parts(encode(texts[:1])).values())
+    if one * len(texts) > LARGEST_TEXTS:
         return
+    values = _parts(encode(texts))
     copy = lambda value: value.detach().cpu().clone(memory_format=torch.contiguous_format)
     tensors = {name: copy(value) for name, value in values.items()}
     about = {"texts": json.dumps([*texts]), "crc32": _checksum(tensors)}
