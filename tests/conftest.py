@@ -2,6 +2,7 @@
 
 import ast
 import os
+import shutil
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -9,6 +10,7 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 
 import pytest
 import torch
+from browser import ARGUMENTS, Lab
 from hypothesis import settings
 from jaxtyping import _import_hook, config, install_import_hook
 
@@ -62,3 +64,25 @@ def machine(monkeypatch):
     monkeypatch.delenv("CC", raising=False)
     yield install
     hash_grid.LOOKED_UP.clear()
+
+
+@pytest.fixture(scope="session")
+def browser():
+    "Chromium, without a window."
+    api = pytest.importorskip(
+        "playwright.sync_api", reason="playwright is missing: pip install -e '.[dev]'"
+    )
+    chromium = shutil.which("chromium")
+    if chromium is None:
+        pytest.skip("chromium is not installed: apt-get install chromium")
+    with api.sync_playwright() as playwright:
+        yield (opened := playwright.chromium.launch(executable_path=chromium, args=list(ARGUMENTS)))
+        opened.close()
+
+
+@pytest.fixture(scope="session")
+def lab(browser, tmp_path_factory):  # the browser first: no server where there is none
+    "A JupyterLab with an empty folder and no settings but those of the tests."
+    opened = Lab(tmp_path_factory.mktemp("lab"))
+    yield opened
+    opened.close()

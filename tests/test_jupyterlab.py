@@ -3,36 +3,25 @@ real JupyterLab in headless Chromium. Screenshots are in pytest's folder, whose 
 prints."""
 
 import json
-import os
-import shutil
-import socket
 import statistics
-import subprocess
-import sys
 import time
-import urllib.error
-import urllib.request
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
+from browser import watched
 
 from scaledreamer.core.settings import RunError, UsageError
 from scaledreamer.noise_error.error import ErrorCurve
 from scaledreamer.distill.shift import deterministic_shift, random_shift
 from scaledreamer.toy.lockstep import Frame
-from scaledreamer.view import curve_explorer, curve_exploration, lockstep_frames, stepper
+from scaledreamer.widgets import curve_explorer, curve_exploration, lockstep_frames, stepper
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = {
-    name: ROOT / f"nbs/80_view/{name}.ipynb"
-    for name in ("40_live_figure", "60_curve_explorer", "80_stepper")
+    name: ROOT / f"nbs/81_widgets/{name}.ipynb"
+    for name in ("10_live_figure", "25_curve_explorer", "35_stepper")
 }
-# not an error: plotly rejects the promise of an animation that a newer one replaces
-HARMLESS = ("undefined",)
-
 # in the kernel
 
 
@@ -213,25 +202,6 @@ def test_no_widget_is_committed(path):
 
 # in a browser
 
-ARGUMENTS = (
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-    "--no-first-run",
-    "--enable-unsafe-swiftshader",
-)
-SETTINGS = {
-    "apputils-extension/notification": {
-        "checkForUpdates": False,
-        "doNotDisturbMode": True,
-        "fetchNews": "false",
-    },  # no requests to the network
-    "notebook-extension/tracker": {
-        "windowingMode": "none"
-    },  # cells out of sight are in the page too
-}
 WATCH = """
 () => {
   const html = '.jp-OutputArea-output .widget-html-content';
@@ -251,142 +221,7 @@ WATCH = """
 """
 
 
-@pytest.fixture(scope="module")
-def browser() -> Iterator:
-    sync_api = pytest.importorskip(
-        "playwright.sync_api", reason="playwright is missing: pip install -e '.[dev]'"
-    )
-    chromium = shutil.which("chromium")
-    if chromium is None:
-        pytest.skip("chromium is not installed: apt-get install chromium")
-    with sync_api.sync_playwright() as playwright:
-        yield (opened := playwright.chromium.launch(executable_path=chromium, args=list(ARGUMENTS)))
-        opened.close()
-
-
-@pytest.fixture(scope="module")
-def lab(
-    browser, tmp_path_factory
-) -> Iterator[str]:  # the browser first: no server where there is none
-    "The address of a JupyterLab with copies of the notebooks and no settings but these."
-    home = tmp_path_factory.mktemp("lab")
-    for path in NOTEBOOKS.values():
-        shutil.copy(path, home)
-    for name, values in SETTINGS.items():
-        file = home / ".settings/@jupyterlab" / f"{name}.jupyterlab-settings"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(values))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    own = {
-        "JUPYTERLAB_SETTINGS_DIR": ".settings",
-        "JUPYTERLAB_WORKSPACES_DIR": ".workspaces",
-        "JUPYTER_CONFIG_DIR": ".config",
-        "JUPYTER_DATA_DIR": ".data",
-        "JUPYTER_RUNTIME_DIR": ".runtime",
-        "IPYTHONDIR": ".ipython",
-    }
-    environment = (
-        os.environ
-        | {name: str(home / folder) for name, folder in own.items()}
-        | {"OMP_NUM_THREADS": "1"}
-    )
-    environment |= {
-        "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]).strip(
-            os.pathsep
-        )
-    }
-    environment.pop("MPLBACKEND", None)  # the kernel has its own
-    options = [
-        "--no-browser",
-        "--allow-root",
-        "--ServerApp.ip=127.0.0.1",
-        f"--ServerApp.port={port}",
-        "--IdentityProvider.token=",
-        f"--ServerApp.root_dir={home}",
-        "--LabApp.expose_app_in_browser=True",
-        "--LabApp.extension_manager=readonly",
-    ]
-    with (home / "server.log").open("w") as log:
-        server = subprocess.Popen(
-            [sys.executable, "-m", "jupyter", "lab", *options],
-            env=environment,
-            cwd=home,
-            stdout=log,
-            stderr=log,
-        )
-        try:
-            yield wait_for(f"http://127.0.0.1:{port}", server, home / "server.log")
-        finally:
-            server.terminate()
-            server.wait(20)
-
-
-def wait_for(address: str, server: subprocess.Popen, log: Path) -> str:
-    for _ in range(300):
-        assert server.poll() is None, log.read_text()
-        try:
-            urllib.request.urlopen(f"{address}/api", timeout=5)
-            return address
-        except (urllib.error.URLError, OSError):
-            time.sleep(0.2)
-    raise AssertionError(log.read_text())
-
-
-@contextmanager
-def watched(browser, folder: Path) -> Iterator:
-    "A page whose console errors are collected, and which leaves a screenshot however it ends."
-    page = browser.new_page(viewport={"width": 1300, "height": 1100})
-    page.set_default_timeout(60_000)
-    page.errors = []
-    page.on(
-        "pageerror",
-        lambda error: page.errors.append(str(error)) if str(error) not in HARMLESS else None,
-    )
-    page.on(
-        "console",
-        lambda message: page.errors.append(message.text) if message.type == "error" else None,
-    )
-    try:
-        yield page
-    finally:
-        page.screenshot(path=folder / "last.png")
-        print(f"screenshots are in {folder}; errors in the page: {page.errors}")
-        page.close()
-
-
 PLOT = ".jp-OutputArea-output .js-plotly-plot"
-CELLS = "() => window.jupyterapp?.shell?.currentWidget?.content?.model?.cells?.length > 1"
-
-
-@contextmanager
-def notebook(browser, lab: str, folder: Path, name: str) -> Iterator:
-    "The page of a notebook whose cells have all run, without an error."
-    with watched(browser, folder) as page:
-        page.goto(f"{lab}/lab/tree/{name}.ipynb?reset")
-        page.wait_for_function(CELLS)
-        page.evaluate("() => window.jupyterapp.shell.currentWidget.sessionContext.ready")
-        page.evaluate("() => window.jupyterapp.commands.execute('notebook:run-all-cells')")
-        cells = page.evaluate(
-            "() => window.jupyterapp.shell.currentWidget.content.model.sharedModel.toJSON().cells"
-        )
-        ran = [cell for cell in cells if cell["cell_type"] == "code"]
-        assert [cell["execution_count"] for cell in ran] == list(range(1, len(ran) + 1)), (
-            "not every cell ran"
-        )
-        errors = [
-            output
-            for cell in ran
-            for output in cell["outputs"]
-            if output["output_type"] == "error" or output.get("name") == "stderr"
-        ]
-        assert not errors, errors[0]
-        page.wait_for_function(f"() => document.querySelector('{PLOT}')?._fullData?.length")
-        page.wait_for_timeout(500)  # a reader does not act at once
-        page.screenshot(path=folder / "start.png")
-        yield page
-        assert not page.errors, page.errors
 
 
 def focus_slider(page, which: int) -> None:
@@ -428,13 +263,13 @@ def wait_for_figure(page, condition: str) -> None:
 
 
 def test_a_figure_in_a_box_shows_what_happened_before_it_was_shown(lab, browser, tmp_path):
-    with notebook(browser, lab, tmp_path, "40_live_figure") as page:
+    with lab.notebook(browser, tmp_path, NOTEBOOKS["10_live_figure"]) as page:
         wait_for_figure(page, "d[0].y[0] === 3")
         assert label(page) == "a line that falls"
 
 
 def test_the_explorer_in_a_lab(lab, browser, tmp_path):
-    with notebook(browser, lab, tmp_path, "60_curve_explorer") as page:
+    with lab.notebook(browser, tmp_path, NOTEBOOKS["25_curve_explorer"]) as page:
         assert label(page).startswith("t0 = 440:")
         wait_for_figure(page, "d[5].x[0] === 440")
         focus_slider(page, 0)
@@ -457,7 +292,7 @@ def test_the_explorer_in_a_lab(lab, browser, tmp_path):
 
 
 def test_the_stepper_in_a_lab(lab, browser, tmp_path):
-    with notebook(browser, lab, tmp_path, "80_stepper") as page:
+    with lab.notebook(browser, tmp_path, NOTEBOOKS["35_stepper"]) as page:
         assert label(page).startswith("step 2,")  # it has taken one step before it was shown
         wait_for_figure(page, "d[9].x[0] === 2")
         play, step = (
