@@ -29,10 +29,11 @@ _PUBLIC = {
     "rendering.render_settings": ("RenderSettings",),
     "rendering.volume": ("render", "render_views"),
     "training.train_settings": ("TrainSettings",),
-    "training.trainer": ("open_run", "train"),
+    "training.trainer": ("open_run",),
     "eval.clip": ("ClipScorer",),
     "view.mesh": ("extract_mesh", "save_mesh"),
     "view.turntable": ("turntable_frames",),
+    "widgets.jobs": ("train",),
 }
 _MODULES = {name: module for module, names in _PUBLIC.items() for name in names}
 __all__ = sorted(_MODULES)

@@ -163,7 +163,7 @@ def reach(line, measure=False):
         try:
             command = cli.parse(line)
             if line[0] == "train":
-                trainer.train(command.folder, command.settings, show=False)
+                trainer.run_training(command.folder, command.settings, show=False)
             else:
                 command.run()
         except Reached:

@@ -37,7 +37,7 @@ from scaledreamer.training.checkpoints import checkpoint_steps
 from scaledreamer.training.run_folder import read_run_settings
 from scaledreamer.training.run_logs import read_rows
 from scaledreamer.training.train_settings import TrainSettings, build_prior
-from scaledreamer.training.trainer import open_run, train
+from scaledreamer.training.trainer import open_run, run_training
 from scaledreamer.view import run_report
 
 STEPS, STOPPED = 4, 3  # of the whole run, and of the one in `folder`, with checkpoints 2 and 3
@@ -65,7 +65,7 @@ def settings(tmp_path_factory):
 @pytest.fixture(scope="module")
 def whole(settings, tmp_path_factory):
     "A run of all steps."
-    return train(tmp_path_factory.mktemp("whole") / "run", settings, show=False)
+    return run_training(tmp_path_factory.mktemp("whole") / "run", settings, show=False)
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +73,7 @@ def folder(settings, tmp_path_factory):
     "A run folder with three of the four steps; never changed."
     folder, done = tmp_path_factory.mktemp("stopped") / "run", []
     stop = lambda: len(done) == STOPPED
-    train(folder, settings, stop=stop, on_step=lambda *step: done.append(step), show=False)
+    run_training(folder, settings, stop=stop, on_step=lambda *step: done.append(step), show=False)
     for name in ("eval.json", "report.html", "views/0000/000.png", "meshes/0000.glb"):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text("{}")
@@ -451,10 +451,10 @@ def test_a_second_writer_is_refused_and_the_first_is_not_disturbed(settings, tmp
     def second(step, metrics):
         for resume in (False, True):
             with pytest.raises(UsageError, match=r"run is in use by another run \(process \d+ on "):
-                train(tmp_path / "run", settings, resume=resume, show=False)
+                run_training(tmp_path / "run", settings, resume=resume, show=False)
             refused.append(step)
 
-    train(tmp_path / "run", settings, on_step=second, show=False)
+    run_training(tmp_path / "run", settings, on_step=second, show=False)
     assert len(refused) == 2 * STEPS and not (tmp_path / "run/.lock").exists()
     metrics = (whole.folder / "metrics.jsonl").read_bytes()
     assert (tmp_path / "run/metrics.jsonl").read_bytes() == metrics
@@ -466,7 +466,7 @@ def test_threads_exclude_each_other_too(settings, tmp_path):
 
     def start():
         try:
-            train(tmp_path / "run", settings, show=False)
+            run_training(tmp_path / "run", settings, show=False)
         except UsageError as error:
             errors.append(str(error))
 
@@ -484,18 +484,18 @@ def test_a_run_that_died_before_its_first_checkpoint_is_in_nobodys_way(settings,
 
     for resume in (False, True):
         with pytest.raises((MemoryError, RunError, UsageError)):
-            train(tmp_path / "run", settings, on_step=die, show=False)
+            run_training(tmp_path / "run", settings, on_step=die, show=False)
         assert {"config.json", "metrics.jsonl"} <= {*os.listdir(tmp_path / "run")}
         other = replace(settings, seed=7, steps=1, checkpoint_every=1)
-        run = train(tmp_path / "run", other, resume=resume, show=False)
+        run = run_training(tmp_path / "run", other, resume=resume, show=False)
         assert read_run_settings(run.folder).seed == 7
         assert [row["step"] for row in read_rows(run.folder / "metrics.jsonl")] == [0]
         shutil.rmtree(tmp_path / "run")
     with pytest.raises((MemoryError, RunError, UsageError)):
-        train(tmp_path / "run", settings, on_step=die, show=False)
+        run_training(tmp_path / "run", settings, on_step=die, show=False)
     (tmp_path / "run/notes.txt").write_text("mine")
     with pytest.raises(UsageError, match="exists and is not empty"):
-        train(tmp_path / "run", replace(settings, seed=7), show=False)
+        run_training(tmp_path / "run", replace(settings, seed=7), show=False)
     assert (tmp_path / "run/notes.txt").read_text() == "mine"
 
 
@@ -522,9 +522,9 @@ def test_a_run_is_moved_with_or_without_its_prior(settings, tmp_path, monkeypatc
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "a")
     own = replace(settings, prior="models/sd/", steps=1)
-    run = train("run", own, show=False)
+    run = run_training("run", own, show=False)
     for prior in ("link", "models/sd", str(tmp_path / "a/link/")):
-        train("run", replace(own, prior=prior), resume=True, show=False)
+        run_training("run", replace(own, prior=prior), resume=True, show=False)
     monkeypatch.chdir(tmp_path / "elsewhere")
     assert torch.equal(weights(open_run("../a/run")), weights(run))
     (tmp_path / "a").rename(tmp_path / "b")  # together
@@ -542,14 +542,14 @@ def test_a_run_is_moved_with_or_without_its_prior(settings, tmp_path, monkeypatc
     with contextlib.redirect_stdout(io.StringIO()):
         assert cli.run_command([*argv, "a green cone", "--prior", str(tmp_path / "sd")]) == 0
     moved = replace(own, prior=str(tmp_path / "sd"))
-    assert train(tmp_path / "b/run", moved, resume=True, show=False).step == 1
+    assert run_training(tmp_path / "b/run", moved, resume=True, show=False).step == 1
     with pytest.raises(UsageError, match="prior = .+, not mixture"):
-        train(tmp_path / "b/run", replace(own, prior="mixture"), resume=True, show=False)
+        run_training(tmp_path / "b/run", replace(own, prior="mixture"), resume=True, show=False)
 
 
 def test_a_run_is_resumed_with_other_logging_saving_and_device(copy, settings, whole):
     free = {"log_every": 2, "checkpoint_every": 1, "validate_every": 9, "device": "auto"}
-    run = train(copy, replace(settings, **free), resume=True, show=False)
+    run = run_training(copy, replace(settings, **free), resume=True, show=False)
     assert run.step == STEPS and torch.equal(weights(run), weights(whole))
     assert [row["step"] for row in read_rows(copy / "metrics.jsonl")] == [0, 1, 2]
     assert read_run_settings(copy).checkpoint_every == 1
@@ -563,14 +563,14 @@ def test_more_steps_go_on_with_the_schedules_of_the_new_length(copy, settings, w
     assert rates[3:] == [settings.optim.lr_at(step, STEPS + 2) for step in range(3, STEPS + 2)]
     assert [row["steps"] for row in read_rows(copy / "sessions.jsonl")] == [STEPS, STEPS + 2]
     with pytest.raises(UsageError, match=f"has done {STEPS + 2} steps already, and steps is 4"):
-        train(copy, settings, resume=True, show=False)
+        run_training(copy, settings, resume=True, show=False)
 
 
 def test_all_that_differs_is_said(copy, settings):
     other = replace(settings, seed=1, method="sds", resolution=9)
     sentence = "method = asd, not sds; seed = 0, not 1; resolution = 8, not 9: resume with the same"
     with pytest.raises(UsageError, match=sentence):
-        train(copy, other, resume=True, show=False)
+        run_training(copy, other, resume=True, show=False)
 
 
 # ---------------------------------------------------------------- signals and kills
@@ -585,10 +585,10 @@ def test_a_signal_to_end_finishes_the_step_and_saves_it(settings, tmp_path, whol
 
     before = signal.getsignal(number)
     with pytest.raises(KeyboardInterrupt):
-        train(tmp_path / "run", settings, on_step=send, show=False)
+        run_training(tmp_path / "run", settings, on_step=send, show=False)
     assert signal.getsignal(number) == before
     assert checkpoint_steps(tmp_path / "run/checkpoints") == [1]
-    run = train(tmp_path / "run", settings, resume=True, show=False)
+    run = run_training(tmp_path / "run", settings, resume=True, show=False)
     assert torch.equal(weights(run), weights(whole))
 
 
@@ -598,13 +598,13 @@ import torch
 torch.set_num_threads(1)
 from scaledreamer.core.settings import from_json
 from scaledreamer.training.train_settings import TrainSettings
-from scaledreamer.training.trainer import train
+from scaledreamer.training.trainer import run_training
 settings, folder, kills = from_json(TrainSettings, sys.argv[1]), sys.argv[2], int(sys.argv[3])
 rng, codes = random.Random(0), []
 for i in range(kills + 1):
     child = os.fork()
     if not child:
-        train(folder, settings, resume=True, show=False)
+        run_training(folder, settings, resume=True, show=False)
         os._exit(0)
     end = time.monotonic() + (rng.uniform(0.05, 1.5) if i < kills else 120)
     while (done := os.waitpid(child, os.WNOHANG)) == (0, 0) and time.monotonic() < end:

@@ -26,7 +26,7 @@ from scaledreamer.prior.prior_settings import PriorSettings
 from scaledreamer.training.checkpoints import checkpoint_steps
 from scaledreamer.training.corpora import number_prompts
 from scaledreamer.training.train_settings import TrainSettings
-from scaledreamer.training.trainer import open_run, train
+from scaledreamer.training.trainer import open_run, run_training
 
 QUICK = (
     "--prior mixture --generator ingp --prompts-per-step 1 --resolution 8 --eval-views 0 "
@@ -300,11 +300,11 @@ def test_weights_under_two_names_are_saved_once_and_resumed(tmp_path):
     settings = dict(prior="mixture", prompt=("a red car",), generator="mine", prompts_per_step=1)
     settings |= dict(resolution=8, checkpoint_every=1)
     whole = TrainSettings(steps=3, **settings)
-    run = train(tmp_path / "whole", whole, make_generator=Tied, show=False)
+    run = run_training(tmp_path / "whole", whole, make_generator=Tied, show=False)
     stop = iter([False, True])
     options = {"make_generator": Tied, "show": False}
-    train(tmp_path / "cut", whole, stop=lambda: next(stop), **options)
-    resumed = train(tmp_path / "cut", whole, resume=True, **options)
+    run_training(tmp_path / "cut", whole, stop=lambda: next(stop), **options)
+    resumed = run_training(tmp_path / "cut", whole, resume=True, **options)
     opened = open_run(tmp_path / "cut", make_generator=Tied).generator
     assert resumed.step == run.step == 3
     assert opened.again is opened.encoder

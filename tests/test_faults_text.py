@@ -27,7 +27,7 @@ from scaledreamer.training.run import build
 from scaledreamer.training.corpora import number_prompts
 from scaledreamer.training.train_settings import METHODS, PRESETS, TrainSettings, build_prior
 from scaledreamer.training.train_settings import method_of, read_settings
-from scaledreamer.training.trainer import open_run, train
+from scaledreamer.training.trainer import open_run, run_training
 
 QUICK = ["--generator", "ingp", "--prompts-per-step", "1", "--resolution", "8"]
 CORGI = (
@@ -149,7 +149,7 @@ def test_a_run_that_read_view_tokens_as_letters_still_opens(photos, tmp_path):
     settings = TrainSettings(
         prior=photos, corpus=corpus, generator="ingp", steps=2, prompts_per_step=1, resolution=8
     )
-    train(out, settings, stop=lambda: True, show=False)
+    run_training(out, settings, stop=lambda: True, show=False)
     config = json.loads((out / "config.json").read_text())
     config["distill"] |= {"view_prompting": "tokens", "guidance": 1.5}
     del config["distill"]["weight"]
@@ -157,7 +157,7 @@ def test_a_run_that_read_view_tokens_as_letters_still_opens(photos, tmp_path):
     distill = open_run(out).settings.distill
     assert (distill.view_prompting, distill.guidance, distill.weight) == ("tokens", 1.5, 1.0)
     with pytest.raises(UsageError, match="are no tokens of this prior"):
-        train(out, settings, resume=True, show=False)
+        run_training(out, settings, resume=True, show=False)
 
 
 # texts that are lost or merged --------------------------------------------------------------------
@@ -313,7 +313,7 @@ def test_the_loss_weight_scales_the_distillation_loss_only(tmp_path):
             corpus=corpus, generator="ingp", steps=1, prompts_per_step=1, resolution=8, log_every=1
         )
         own = replace(settings, distill=DistillSettings(weight=weight))
-        train(tmp_path / str(weight), own, show=False)
+        run_training(tmp_path / str(weight), own, show=False)
         rows[weight] = json.loads((tmp_path / f"{weight}/metrics.jsonl").read_text())
     assert rows[0.25]["loss_asd"] == rows[1.0]["loss_asd"] / 4
     assert rows[0.25]["loss_sparsity"] == rows[1.0]["loss_sparsity"]
@@ -359,11 +359,13 @@ def test_a_run_keeps_the_defaults_it_was_started_with(tmp_path):
         resolution=8,
         distill=old,
     )
-    train(out, settings, stop=lambda: True, show=False)
-    run = train(out, replace(settings, distill=DistillSettings()), resume=True, show=False)
+    run_training(out, settings, stop=lambda: True, show=False)
+    run = run_training(out, replace(settings, distill=DistillSettings()), resume=True, show=False)
     assert run.settings.distill == old and run.step == 2
     with pytest.raises(UsageError, match="distill.guidance"):
-        train(out, replace(settings, distill=DistillSettings(guidance=7)), resume=True, show=False)
+        run_training(
+            out, replace(settings, distill=DistillSettings(guidance=7)), resume=True, show=False
+        )
 
 
 def test_settings_of_earlier_versions_are_read():

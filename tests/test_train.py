@@ -26,7 +26,7 @@ from scaledreamer.training.method_defaults import resolve_settings
 from scaledreamer.training.run import build
 from scaledreamer.training.step import step_prompts
 from scaledreamer.training.train_settings import TrainSettings, build_prior, paper, read_settings
-from scaledreamer.training.trainer import open_run, train
+from scaledreamer.training.trainer import open_run, run_training
 
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -51,7 +51,7 @@ def settings(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def run(settings, tmp_path_factory):
-    return train(tmp_path_factory.mktemp("runs") / "whole", settings, show=False)
+    return run_training(tmp_path_factory.mktemp("runs") / "whole", settings, show=False)
 
 
 def test_run_folder(run, settings):
@@ -64,7 +64,7 @@ def test_run_folder(run, settings):
 
 
 def test_same_seed_same_run(run, settings, tmp_path):
-    train(tmp_path / "again", settings, show=False)
+    run_training(tmp_path / "again", settings, show=False)
     assert (tmp_path / "again/metrics.jsonl").read_bytes() == (
         run.folder / "metrics.jsonl"
     ).read_bytes()
@@ -78,9 +78,9 @@ def test_an_interrupt_saves_and_resumes_exactly(run, settings, tmp_path):
             signal.raise_signal(signal.SIGINT)
 
     with pytest.raises(KeyboardInterrupt):
-        train(tmp_path / "cut", settings, on_step=interrupt, show=False)
+        run_training(tmp_path / "cut", settings, on_step=interrupt, show=False)
     assert checkpoint_steps(tmp_path / "cut/checkpoints") == [2, 3]
-    train(tmp_path / "cut", settings, resume=True, show=False)
+    run_training(tmp_path / "cut", settings, resume=True, show=False)
     assert (tmp_path / "cut/metrics.jsonl").read_bytes() == (
         run.folder / "metrics.jsonl"
     ).read_bytes()
@@ -102,10 +102,10 @@ def test_a_gradient_that_is_not_finite_costs_no_checkpoint(settings, tmp_path, m
     with pytest.raises(
         RunError, match="step 3: the gradient is not finite; the checkpoints are intact"
     ):
-        train(tmp_path / "run", settings, show=False)
+        run_training(tmp_path / "run", settings, show=False)
     monkeypatch.undo()
     assert checkpoint_steps(tmp_path / "run/checkpoints") == [2]
-    assert train(tmp_path / "run", settings, resume=True, show=False).step == 4
+    assert run_training(tmp_path / "run", settings, resume=True, show=False).step == 4
 
 
 def test_a_step_that_is_not_finite_is_reported_late_on_a_device(settings, tmp_path, monkeypatch):
@@ -131,7 +131,7 @@ def test_a_step_that_is_not_finite_is_reported_late_on_a_device(settings, tmp_pa
         with pytest.raises(
             RunError, match="step 1: the gradient is not finite; the checkpoints are intact"
         ):
-            train(
+            run_training(
                 tmp_path / str(every),
                 replace(settings, log_every=every, checkpoint_every=4),
                 on_step=lambda step, metrics: weights.append(
@@ -202,15 +202,15 @@ def test_an_estimator_is_trained_saved_and_resumed_exactly(settings, tmp_path, m
     own = replace(
         settings, prior="tiny-sd", method=method, distill=DistillSettings(estimator_lr=1e-3)
     )
-    whole, done = train(tmp_path / "whole", own, show=False), []
-    train(
+    whole, done = run_training(tmp_path / "whole", own, show=False), []
+    run_training(
         tmp_path / "cut",
         own,
         stop=lambda: len(done) == 3,
         on_step=lambda step, metrics: done.append(step),
         show=False,
     )
-    cut = train(tmp_path / "cut", own, resume=True, show=False)
+    cut = run_training(tmp_path / "cut", own, resume=True, show=False)
     assert (tmp_path / "cut/metrics.jsonl").read_bytes() == (
         tmp_path / "whole/metrics.jsonl"
     ).read_bytes()
@@ -241,13 +241,13 @@ def test_every_method_trains(settings, tmp_path, method):
     own = replace(
         settings, steps=2, checkpoint_every=2, method=method, distill=DistillSettings(**texts)
     )
-    train(tmp_path / "run", own, show=False)
+    run_training(tmp_path / "run", own, show=False)
     lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert len(lines) == 2 and all(line[f"loss_{method}"] > 0 for line in lines)
 
 
 def test_runs_from_before_a_setting_still_open_and_resume(settings, tmp_path):
-    run = train(tmp_path / "run", settings, stop=lambda: True, show=False)
+    run = run_training(tmp_path / "run", settings, stop=lambda: True, show=False)
     config = tmp_path / "run/config.json"
     old = json.loads(config.read_text())
     later = ("estimator_lr", "nfsd_negative_prompt", "bridge_source_prompt", "bridge_start")
@@ -256,8 +256,8 @@ def test_runs_from_before_a_setting_still_open_and_resume(settings, tmp_path):
     config.write_text(json.dumps(old))
     assert open_run(tmp_path / "run").settings == run.settings
     with pytest.raises(UsageError, match="was started with seed = 0, not 1"):
-        train(tmp_path / "run", replace(settings, seed=1), resume=True, show=False)
-    assert train(tmp_path / "run", settings, resume=True, show=False).step == 4
+        run_training(tmp_path / "run", replace(settings, seed=1), resume=True, show=False)
+    assert run_training(tmp_path / "run", settings, resume=True, show=False).step == 4
 
 
 class Ball(TextTo3D):
@@ -294,9 +294,9 @@ def own(settings):
 
 
 def test_a_generator_of_ones_own_trains_resumes_and_opens(own, tmp_path):
-    whole, done = train(tmp_path / "whole", own, show=False, make_generator=Ball), []
+    whole, done = run_training(tmp_path / "whole", own, show=False, make_generator=Ball), []
     torch.rand(7)  # whatever was drawn before, it starts from the seed
-    cut = train(
+    cut = run_training(
         tmp_path / "cut",
         own,
         stop=lambda: len(done) == 3,
@@ -307,7 +307,7 @@ def test_a_generator_of_ones_own_trains_resumes_and_opens(own, tmp_path):
     assert cut.step == 3 and cut.generator.corpus == 2
     shapes = [tuple(z.shape) for z in cut.generator.noises]
     assert shapes == [(2, 2)] * (4 + 3)  # four by the estimate of memory, then one per step
-    resumed = train(tmp_path / "cut", own, resume=True, show=False, make_generator=Ball)
+    resumed = run_training(tmp_path / "cut", own, resume=True, show=False, make_generator=Ball)
     assert (
         resumed.step == 4
         and (tmp_path / "cut/metrics.jsonl").read_bytes()
@@ -337,7 +337,7 @@ def test_a_generator_of_ones_own_trains_resumes_and_opens(own, tmp_path):
 
 
 def test_only_who_made_it_opens_a_generator_of_ones_own(own, settings, tmp_path, capsys):
-    train(tmp_path / "run", own, show=False, make_generator=Ball)
+    run_training(tmp_path / "run", own, show=False, make_generator=Ball)
     sentence = (
         r"run was trained with a generator of your own, 'my balls', which no command can make again"
         r": open it in Python, with open_run\(folder, make_generator=...\)"
@@ -357,18 +357,18 @@ def test_only_who_made_it_opens_a_generator_of_ones_own(own, settings, tmp_path,
         match="no generator 'my balls': give one of hyper-ingp, .+, or, for one of your own, "
         "make_generator= in Python",
     ):
-        train(tmp_path / "run", own, resume=True, show=False)
+        run_training(tmp_path / "run", own, resume=True, show=False)
     with pytest.raises(
         UsageError,
         match="generator is 'hyper-ingp', which make_generator= would replace: give yours a name "
         "that is none of hyper-ingp, ",
     ):
-        train(tmp_path / "new", settings, show=False, make_generator=Ball)
+        run_training(tmp_path / "new", settings, show=False, make_generator=Ball)
     assert not (tmp_path / "new").exists()
 
 
 def test_a_damaged_checkpoint_is_reported_and_the_one_before_opens(settings, tmp_path):
-    train(tmp_path / "run", settings, show=False)
+    run_training(tmp_path / "run", settings, show=False)
     weights = tmp_path / "run/checkpoints/000004/generator.safetensors"
     weights.write_bytes(weights.read_bytes()[:100])
     with pytest.warns(UserWarning, match="generator.safetensors is damaged .+ step 2 is used"):
@@ -380,10 +380,10 @@ def test_a_damaged_checkpoint_is_reported_and_the_one_before_opens(settings, tmp
 FULL = """
 import resource, sys
 from scaledreamer.commands.cli import parse, run_command
-from scaledreamer.training.trainer import train
+from scaledreamer.training.trainer import run_training
 command, done = parse(sys.argv[1:]), []
 count = lambda step, metrics: done.append(step)
-train(command.out, command.settings, stop=lambda: len(done) == 2, on_step=count, show=False)
+run_training(command.out, command.settings, stop=lambda: len(done) == 2, on_step=count, show=False)
 resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, resource.RLIM_INFINITY))
 sys.exit(run_command([*sys.argv[1:], "--resume"]))
 """
@@ -638,7 +638,7 @@ def test_the_paper_preset_survives_json():
 )
 def test_refusals_come_before_the_folder(settings, tmp_path, change):
     with pytest.raises(UsageError):
-        train(tmp_path / "run", replace(settings, **change), show=False)
+        run_training(tmp_path / "run", replace(settings, **change), show=False)
     assert not (tmp_path / "run").exists()
 
 

@@ -32,7 +32,7 @@ from scaledreamer.prior.base import TextEmbedding
 from scaledreamer.rendering.volume import render
 from scaledreamer.training.checkpoints import read_tensors
 from scaledreamer.training.import_run import import_settings
-from scaledreamer.training.trainer import open_run, train
+from scaledreamer.training.trainer import open_run, run_training
 
 PARITY = Path(__file__).parent / "parity"
 HYPER, NERF, MV_NERF = (
@@ -431,7 +431,7 @@ def test_from_a_file_to_an_evaluation_and_a_mesh(tmp_path, capsys):
     assert run_command(["evaluate", str(folder), "--views", "1"]) == 0
     assert json.loads((folder / "eval.json").read_text())["step"] == 50_000
     with pytest.raises(UsageError, match="has imported weights without a state of Adam"):
-        train(folder, replace(run.settings, steps=60_000), resume=True, show=False)
+        run_training(folder, replace(run.settings, steps=60_000), resume=True, show=False)
 
 
 @pytest.mark.parametrize("what, code, words", [

@@ -44,16 +44,12 @@ class Steps:
     "A run in memory; each call is its next step."
 
     def __init__(self, run: Run):
-        o = run.settings.optim
         self.run = run
         self.texts = run.prior.encode_text([prompt.text for prompt in run.train_prompts])
-        fused = run.settings.device != "mps"
-        self.optimizer = torch.optim.Adam(
-            run.generator.parameters(), o.lr, o.betas, o.eps, fused=fused
-        )
+        run.optimizer = training.make_optimizer(run.settings, run.generator)
 
     def __call__(self) -> LazyMetrics:
-        metrics = training.training_step(self.run, self.optimizer, self.texts)
+        metrics = training.training_step(self.run, self.texts)
         self.run.step += 1
         return metrics
 
@@ -86,7 +82,7 @@ def places(steps: Steps) -> list[Place]:
     "Where the functions of each part of a step are looked up."
     queries = ("encode_text", "encode_image", "predict_noise")
     prior = [(steps.run.prior, name, "prior") for name in queries]
-    optimiser = [(steps.optimizer, name, "optimiser") for name in ("zero_grad", "step")]
+    optimiser = [(steps.run.optimizer, name, "optimiser") for name in ("zero_grad", "step")]
     backward = (torch.Tensor, "backward", "backward")
     render_parts = [(training, name, "render") for name in ("make_scenes", "render")]
     return [*render_parts, *prior, backward, *optimiser]

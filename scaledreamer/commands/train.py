@@ -63,7 +63,7 @@ def train_and_evaluate(options: Train) -> str:
     from scaledreamer.commands.evaluate import evaluate_run, named_scorer, scorer_for, summary
     from scaledreamer.training.memory_estimate import memory_line
     from scaledreamer.training.method_defaults import describe_method
-    from scaledreamer.training.trainer import train
+    from scaledreamer.training.trainer import run_training
 
     settings, folder = options.settings, options.folder
     check_place(folder, "--out")
@@ -80,7 +80,7 @@ def train_and_evaluate(options: Train) -> str:
     if options.resume and not folder.exists():
         print(f"nothing to resume in {folder}: starting anew", file=sys.stderr)
     try:
-        run = train(folder, settings, options.resume, on_start=starting)
+        run = run_training(folder, settings, options.resume, on_start=starting)
     except KeyboardInterrupt:
         raise Stopped(
             "stopped; what is done is saved: give the same command with --resume to go on"

@@ -48,6 +48,7 @@ class Run:
     generator: nn.Module
     step: int = 0  # number of optimiser steps done
     estimator: EstimatorTrainer | None = None  # VSD and ESD only
+    optimizer: torch.optim.Optimizer | None = None  # of the generator; None: not for training
     monitor: FiniteMonitor = field(default_factory=_monitor, init=False)
     step_render_bytes: int | None = field(default=None, init=False)  # estimated when asked for
 

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['epoch_order', 'step_prompts', 'random_backgrounds', 'Batch', 'sample_batch', 'make_scenes', 'NoiseSample',
-           'sample_noise', 'estimator_cameras', 'distill', 'regularisers', 'compute_gradients', 'update_weights',
-           'fit_estimator', 'step_metrics', 'training_step']
+           'sample_noise', 'estimator_cameras', 'distill', 'regularisers', 'compute_gradients', 'make_optimizer',
+           'update_weights', 'fit_estimator', 'step_metrics', 'training_step']
 
 # %% ../../nbs/70_training/40_step.ipynb #0ef9ce45
 from dataclasses import dataclass
@@ -156,6 +156,12 @@ def compute_gradients(
     return total, nn.utils.get_total_norm(gradients)
 
 
+def make_optimizer(settings: TrainSettings, generator: nn.Module) -> torch.optim.Adam:
+    "Adam for the weights of a generator; on a GPU its step needs no wait for the device."
+    optim, fused = settings.optim, settings.device != "mps"
+    return torch.optim.Adam(generator.parameters(), optim.lr, optim.betas, optim.eps, fused=fused)
+
+
 def update_weights(optimizer: torch.optim.Optimizer, lr: float, finite: Bool[Tensor, ""]) -> None:
     "An optimiser step with this learning rate, skipped on the device if something is not finite."
     for group in optimizer.param_groups:
@@ -183,8 +189,11 @@ def step_metrics(
     score: ScoreGradient, sample: NoiseSample, opacity: Float[Tensor, "b v 1 h w"]
 ) -> dict[str, Float[Tensor, ""]]:
     "Metrics of a step in addition to its losses."
+    norms = score.gradient.flatten(1).norm(dim=1)  # [n], per image
     return {
-        "gradient_norm": score.gradient.flatten(1).norm(dim=1).mean(),  # per image
+        "gradient_norm": norms.mean(),
+        "gradient_norm_low": norms.min(),
+        "gradient_norm_high": norms.max(),
         "opacity": opacity.mean(),  # in [0, 1]
         "error_t": (score.unguided - sample.noise).square().mean(),  # of the noise predicted at t
         "error_t_shifted": (score.source - sample.noise).square().mean(),  # and at t + dt
@@ -192,7 +201,7 @@ def step_metrics(
     }
 
 # %% ../../nbs/70_training/40_step.ipynb #cbd54d16
-def training_step(run: Run, optimizer: torch.optim.Optimizer, texts: TextEmbedding) -> LazyMetrics:
+def training_step(run: Run, texts: TextEmbedding) -> LazyMetrics:
     """One optimiser step of a run, with the embeddings of all its training prompts (Alg. 1).
 
     Returns what is logged. A loss or gradient that is not finite changes no weight and raises
@@ -216,7 +225,7 @@ def training_step(run: Run, optimizer: torch.optim.Optimizer, texts: TextEmbeddi
     distillation = settings.distill.weight * prescribed_gradient_loss(latents, score.gradient)
     losses = {settings.method: distillation}
     losses |= regularisers(rendering, weights, is_density_scene(scenes))
-    total, grad_norm = compute_gradients(losses, optimizer, generator)
+    total, grad_norm = compute_gradients(losses, run.optimizer, generator)
     finite = run.monitor.record(run.step, losses, total, score.gradient.norm(), grad_norm)
     run.monitor.check_if_cheap()
     estimator_metrics = fit_estimator(estimator, schedule, latents, text, camera, rng, finite)
@@ -224,7 +233,7 @@ def training_step(run: Run, optimizer: torch.optim.Optimizer, texts: TextEmbeddi
         finite = run.monitor.record(run.step, estimator_metrics)
 
     lr = settings.optim.lr_at(run.step, settings.steps) * generator.lr_scale
-    update_weights(optimizer, lr, finite)
+    update_weights(run.optimizer, lr, finite)
     logged = {f"loss_{name}": loss for name, loss in losses.items()} | estimator_metrics
     logged |= step_metrics(score, sample, rendering.opacity)
     return LazyMetrics(run.monitor, logged | {"lr": lr})
