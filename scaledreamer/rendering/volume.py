@@ -51,6 +51,12 @@ class Rendering:
             )
         return self.opacity * (self.normal.detach() + 1) / 2
 
+    def depth_image(self, nearest: float, farthest: float) -> Float[Tensor, "b v 1 h w"]:
+        "Expected depth as grey: 1 up to `nearest`, 0.15 from `farthest` on; black where empty."
+        expected = self.depth / self.opacity.clamp_min(1e-6)
+        part = (expected - nearest) / (farthest - nearest)
+        return self.opacity * (1 - 0.85 * part.clamp(0, 1))
+
 # %% ../../nbs/55_rendering/70_volume.ipynb #6d66fc72
 def render_rays(
     scene: Scene | DensityScene, samples: Samples, settings: RenderSettings
