@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from .paired import PairedBenchmark, Results, compare, passes
-from ..core.tensors import make_rng
+from ..core.tensors import make_rng, seeded
 from ..prior.base import TextEmbedding
 from ..training.train_settings import GENERATORS
 
@@ -52,7 +52,8 @@ def batch_scaling(device: str = "cpu", quick: bool = False) -> list[dict[str, An
     "Time per prompt in batches of one over that in a batch of four, for each generator."
     rows, sizes = [], (2, 64) if quick else (4, 8192)
     for name in SMALL:
-        torch.manual_seed(0)
-        pair = batch_pair(name, GENERATORS[name](WIDTH).to(device), *sizes, device)
+        with seeded(0):
+            generator = GENERATORS[name](WIDTH).to(device)
+        pair = batch_pair(name, generator, *sizes, device)
         rows.append(compare(pair, device, rounds=2 if quick else 20, warmups=1))
     return rows

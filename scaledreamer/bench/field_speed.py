@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from .paired import PairedBenchmark, Results, agree, compare, passes
-from ..core.tensors import make_rng
+from ..core.tensors import make_rng, seeded
 from ..field.decoders import count_weights, layer_shapes, mlp, mlp_plain, split_weights
 from ..field.hash_grid import Backend, HashGrid, missing, pick_backend, tinycudann_config
 from ..kernels.hash_grid_reference import HashGridSettings
@@ -65,13 +65,13 @@ def matches(device: str) -> list[tuple[bool, Backend, Backend]]:
 
 def hashgrid(device: str = "cpu", quick: bool = False) -> list[dict[str, Any]]:
     "The compiled hash grid against plain torch, and on CUDA against tiny-cuda-nn."
-    torch.manual_seed(0)
     settings = HashGridSettings(levels=4, log2_size=12) if quick else HashGridSettings()
     points = torch.rand(2000 if quick else 200_000, 3, generator=make_rng(0)).to(device)
     cuda = torch.device(device).type == "cuda"
     warmups = 2 if cuda else 0  # kernels are compiled, memory is allocated
     rounds = 2 if quick else 6 if device == "cpu" else 50
-    pairs = (grid_pair(settings, points, *match) for match in matches(device))
+    with seeded(0):
+        pairs = [grid_pair(settings, points, *match) for match in matches(device)]
     return [compare(pair, device, rounds=rounds, warmups=warmups) for pair in pairs]
 
 # %% ../../nbs/85_bench/30_field_speed.ipynb #97883852

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .paired import PairedBenchmark, compare
 from ..core.settings import RunError
-from ..core.tensors import seed_everything
+from ..core.tensors import seeded
 from ..recipes.architectures import MVDREAM_VIEWS, mvdream_unet, sd21_unet, sd21_vae
 from ..prior.pipelines import quiet
 from ..prior.execution import PriorSettings, apply_execution
@@ -79,9 +79,9 @@ class UNetQuery:
         return out.sample.clone()  # a CUDA graph writes over it
 
 
+@seeded(0)
 def unet_query(name: str, device: str, quick: bool) -> UNetQuery:
     "The query of SD-2.1 or MVDream, of small shapes where `quick`."
-    seed_everything(0)
     multi_view = name == "MVDream"
     make, side = (mvdream_unet, 32) if multi_view else (sd21_unet, 64)
     side = 8 if quick else side

@@ -18,6 +18,7 @@ from torch import nn
 
 from .paired import PairedBenchmark, Results, agree, compare
 from .stopwatch import split
+from ..core.tensors import seeded
 from ..generator.generator_base import FieldScene
 from ..prior.stable_diffusion import StableDiffusionPrior
 from ..training.train_settings import GENERATORS
@@ -69,9 +70,9 @@ def bench_mesh(device: str = "cpu", quick: bool = False) -> list[dict[str, Any]]
     "A prompt to a coloured mesh against plain torch, and the time of its parts."
     resolution, rounds = (16, 2) if quick else (128, 4)
     prior = StableDiffusionPrior.from_pretrained(device=device)
-    torch.manual_seed(0)
     width = prior.encode_text([""]).tokens.shape[-1]
-    generator = GENERATORS["hyper-ingp"](width).to(device).eval()
+    with seeded(0):
+        generator = GENERATORS["hyper-ingp"](width).to(device).eval()
     with tempfile.TemporaryDirectory() as folder:
         file, text = Path(folder) / "mesh.glb", "a red car"
         options = {"text": text, "file": file, "resolution": resolution, "device": device}

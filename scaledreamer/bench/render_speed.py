@@ -20,7 +20,7 @@ from .paired import PairedBenchmark, Results, compare, passes
 from ..camera.poses import orbit
 from ..camera.rays import Rays, camera_rays
 from ..core.settings import RunError
-from ..core.tensors import make_rng
+from ..core.tensors import make_rng, seeded
 from ..eval.truth import ToyScene
 from ..generator.hyper_ingp import HyperINGP
 from ..prior.base import TextEmbedding
@@ -43,8 +43,9 @@ def fitted(
     caption: str, steps: int, points: int = 4096, seed: int = 0
 ) -> tuple[HyperINGP, TextEmbedding]:
     "A small Hyper-iNGP fitted to the object of a caption, and its text embedding."
-    torch.manual_seed(seed)
-    model, rng, truth = HyperINGP(), make_rng(seed), ToyScene([caption])
+    with seeded(seed):
+        model = HyperINGP()
+    rng, truth = make_rng(seed), ToyScene([caption])
     text = TextEmbedding(torch.randn(1, 4, 96, generator=rng), torch.randn(1, 96, generator=rng))
     model.standardise(text)
     optimizer = torch.optim.Adam(model.parameters(), 1e-2, (0.9, 0.99))

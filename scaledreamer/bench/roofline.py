@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from .field_speed import decoder_pair, grid_pair
 from .paired import seconds, quartiles
 from .prior_speed import noisy, through
-from ..core.tensors import make_rng
+from ..core.tensors import make_rng, seeded
 from ..field.hash_grid import HashGrid
 from ..kernels.hash_grid_reference import HashGridSettings
 from ..prior.stable_diffusion import StableDiffusionPrior
@@ -65,12 +65,12 @@ class Work:
         return max((getattr(self, name) / rate, name) for name, rate in rates.items())
 
 # %% ../../nbs/85_bench/95_roofline.ipynb #b07329cf
+@seeded(0)
 def field_works(device: str, quick: bool) -> list[Work]:
     "Hash grid and decoders at the sizes of their own benchmarks."
     settings, points = HashGridSettings(), 200_000
     if quick:
         settings, points = HashGridSettings(levels=4, log2_size=12), 1000
-    torch.manual_seed(0)
     table, row = HashGrid(settings).table.numel(), settings.levels * settings.features
     where = torch.rand(points, 3, generator=make_rng(0)).to(device)
     grid, corners = grid_pair(settings, where, False), 4 * 8 * row * points

@@ -25,7 +25,7 @@ from .stopwatch import Place, split
 from ..camera.poses import orbit
 from ..camera.rays import camera_rays
 from ..core.settings import RunError
-from ..core.tensors import seed_everything
+from ..core.tensors import seeded
 from ..core.async_metrics import LazyMetrics
 from ..recipes.architectures import sd21_unet, sd21_vae
 from ..prior.base import Prior
@@ -36,6 +36,7 @@ from ..recipes.tiny_sd import make_tokenizer
 from ..rendering.volume import render
 from ..training.corpora import load_corpus
 from ..training import step as training
+from ..training import step_batch
 from ..training.train_settings import TrainSettings, build_generator, paper
 from ..training.run import Run, build
 
@@ -84,7 +85,7 @@ def places(steps: Steps) -> list[Place]:
     prior = [(steps.run.prior, name, "prior") for name in queries]
     optimiser = [(steps.run.optimizer, name, "optimiser") for name in ("zero_grad", "step")]
     backward = (torch.Tensor, "backward", "backward")
-    render_parts = [(training, name, "render") for name in ("make_scenes", "render")]
+    render_parts = [(step_batch, name, "render") for name in ("make_scenes", "render")]
     return [*render_parts, *prior, backward, *optimiser]
 
 
@@ -135,9 +136,9 @@ def random_text_encoder(tokenizer: Any) -> CLIPTextModel:
     return CLIPTextModel(config).eval()
 
 
+@seeded(0)
 def random_sd21(settings: PriorSettings, device: str, quick: bool) -> StableDiffusionPrior:
     "A prior of SD-2.1's shapes, with random weights; a small one where `quick`."
-    seed_everything(0)
     tokenizer = make_tokenizer()
     schedule = DDIMScheduler(
         beta_start=0.00085,

@@ -16,6 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from ..core.settings import UsageError
+from ..core.tensors import seeded
 from ..prior.base import Evaluation, Prior, predict_noise_batched
 from ..prior.schedule import NoiseSchedule
 
@@ -94,8 +95,7 @@ def adapted(unet: nn.Module, rank: int = 4, seed: int = 0) -> nn.Module:
         target_modules=["to_q", "to_k", "to_v", "to_out.0"],
         init_lora_weights="gaussian",
     )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with seeded(seed):
         inject_adapter_in_model(projections, network)
         network.class_embedding = CameraEmbedding(network.time_embedding.linear_2.out_features).to(
             unet.device

@@ -21,6 +21,7 @@ from torch.nn.functional import log_softmax, normalize
 
 from ..core.files import write_json_atomic
 from ..core.progress import progress_bar
+from ..core.tensors import seeded
 from ..toybox.captions import CAPTION
 from ..toybox.objects import COLORS, SHAPES
 from ..toybox.render_sets import RenderSet, make_renders
@@ -158,8 +159,8 @@ def make_tiny_clip(
 ) -> Path:
     "Render, train and save; returns the open_clip folder `folder/tiny-clip`."
     make_renders(folder / "renders", images, seed=22, views=6, show=show)
-    torch.manual_seed(1)
-    model = make_clip()
+    with seeded(1):
+        model = make_clip()
     train_clip(model, RenderSet(folder / "renders"), steps, show=show)
     save_clip(model, folder / "tiny-clip")
     return folder / "tiny-clip"

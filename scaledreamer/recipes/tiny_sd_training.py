@@ -25,6 +25,7 @@ from ..camera.view_words import view_prompts
 from ..core.files import write_json_atomic
 from ..core.progress import progress_bar
 from ..core.settings import Interval, UsageError, check_ranges
+from ..core.tensors import seeded
 from .tiny_sd import SCALING, WINDOW, make_autoencoder, make_scheduler
 from .tiny_sd import make_text_encoder, make_tokenizer, make_unet
 from ..toybox.render_sets import RenderSet, make_renders
@@ -126,11 +127,11 @@ class TinyTraining:
     def __init__(
         self, renders: RenderSet, vae: AutoencoderTiny, settings: RecipeSettings, device="cpu"
     ):
-        torch.manual_seed(settings.seed)
         self.renders, self.settings, self.device, self.done = renders, settings, device, 0
         self.vae = vae.to(device)
         self.tokenizer, self.scheduler = make_tokenizer(), make_scheduler()
-        self.net = make_networks(self.tokenizer, settings.start).to(device)
+        with seeded(settings.seed):
+            self.net = make_networks(self.tokenizer, settings.start).to(device)
         self.average = {name: value.detach().clone() for name, value in self.net.named_parameters()}
         self.optimizer = torch.optim.AdamW(
             self.net.parameters(), settings.lr, (0.9, 0.99), weight_decay=1e-3, fused=True

@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from ..core.settings import UsageError
+from ..core.tensors import seeded
 
 # %% ../../nbs/45_toy/80_amortised.ipynb #73180edc
 class PointMaker(nn.Module):
@@ -22,8 +23,7 @@ class PointMaker(nn.Module):
         super().__init__()
         self.noise = noise
         self.register_buffer("rows", rows)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+        with seeded(seed):
             first = nn.Linear(noise + rows.shape[1], width)
             middle, last = nn.Linear(width, width), nn.Linear(width, 2)
         nn.init.zeros_(last.weight)
@@ -53,8 +53,7 @@ class ImageMaker(nn.Module):
         self.noise, self.grid = noise, (2 * width, side // 4, side // 4)
         self.register_buffer("pooled", pooled)
         up = lambda a, b: nn.ConvTranspose2d(a, b, 4, stride=2, padding=1)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+        with seeded(seed):
             self.first = nn.Linear(noise + pooled.shape[1], 2 * width * (side // 4) ** 2)
             layers = [up(2 * width, width), nn.SiLU(), up(width, width), nn.SiLU()]
             self.net = nn.Sequential(nn.SiLU(), *layers, nn.Conv2d(width, channels, 3, padding=1))

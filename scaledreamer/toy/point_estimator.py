@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from ..core.tensors import seeded
 from ..distill.estimator import Estimator, estimator_loss
 from ..distill.methods import Method, ScoreGradient
 from ..prior.base import Conditioning, Prior
@@ -33,8 +34,7 @@ class PointEstimator(nn.Module):
         super().__init__()
         self.schedule, self.waves = schedule, waves
         inputs = dim * (1 + 2 * waves) + 3 + captions + 16
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+        with seeded(seed):
             hidden = [nn.Linear(inputs, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU()]
             self.net = nn.Sequential(*hidden, nn.Linear(width, dim))
         nn.init.zeros_(self.net[-1].weight)

@@ -21,6 +21,7 @@ from torch import nn
 
 from ..camera.poses import FramedCameras, SingleCameras
 from ..core.settings import Interval, UsageError, check_ranges, from_json, to_json
+from ..core.tensors import seeded
 from ..distill.distill_settings import DistillSettings
 from ..distill.estimator import Estimator, LoRAEstimator
 from ..distill.later_methods import ism, nfsd, sdi, sds_bridge
@@ -306,12 +307,12 @@ def build_generator(
 
     `make_generator`, if given, makes it; otherwise the settings name it."""
     check_generator_name(settings, make_generator)
-    torch.manual_seed(settings.seed)
-    if make_generator:
-        generator = make_generator(text_width)
-        _check_contract(generator)
-    elif settings.released:
-        generator = _released_generator(settings, text_width)
-    else:
-        generator = GENERATORS[settings.generator](text_width)
+    with seeded(settings.seed):
+        if make_generator:
+            generator = make_generator(text_width)
+            _check_contract(generator)
+        elif settings.released:
+            generator = _released_generator(settings, text_width)
+        else:
+            generator = GENERATORS[settings.generator](text_width)
     return generator.to(settings.device)
