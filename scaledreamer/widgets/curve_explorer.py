@@ -12,7 +12,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import ipywidgets as widgets
-import matplotlib.pyplot as plt
 import numpy as np
 import plotly.graph_objects as go
 import torch
@@ -67,10 +66,9 @@ def static_explorer(
     shown = explore(curves, t0, eta, shift_schedule, **options)
     text = (tuple(texts) or pair.pretrained.texts)[0]
     with figure_style():
-        figure, axes = plt.subplot_mosaic(
-            [["curves", "curves", "draws"], ["t0", "middle draw", "match"]],
-            figsize=(6.4, 4.0),
-            height_ratios=(1.5, 1),
+        figure = Figure(figsize=(6.4, 4.0))
+        axes = figure.subplot_mosaic(
+            [["curves", "curves", "draws"], ["t0", "middle draw", "match"]], height_ratios=(1.5, 1)
         )
         _draw_curves(axes["curves"], curves, shown)
         axes["draws"].bar(*shown.bars, width=shown.bars[0][0] * 2 + 1, color=PALETTE[4])
@@ -79,7 +77,6 @@ def static_explorer(
             axes[name].imshow(to_pixels(image[None])[0], interpolation="nearest")
             axes[name].set_title(name)
             axes[name].axis("off")
-        plt.close(figure)
     return figure
 
 # %% ../../nbs/81_widgets/25_curve_explorer.ipynb #a6d88ce9
