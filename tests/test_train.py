@@ -24,7 +24,7 @@ from scaledreamer.training.checkpoints import checkpoint_steps
 from scaledreamer.training.corpora import number_prompts
 from scaledreamer.training.method_defaults import resolve_settings
 from scaledreamer.training.run import build
-from scaledreamer.training.step import step_prompts
+from scaledreamer.training.step_batch import step_prompts
 from scaledreamer.training.train_settings import TrainSettings, build_prior, paper, read_settings
 from scaledreamer.training.trainer import open_run, run_training
 
@@ -445,6 +445,7 @@ def test_evaluate_completes_the_run_folder(run):
         "prompts.jsonl",
         "texts.safetensors",
         "metrics.jsonl",
+        "renders.jsonl",
         "sessions.jsonl",
         "checkpoints",
         "validation",

@@ -20,7 +20,7 @@ from ..prior.execution import PriorSettings
 from .architectures import sd21_text, sd21_unet, sd21_vae, weights
 from .prior_memory import encoding_bytes, evaluation_bytes, shapes_only
 from ..rendering.volume import render
-from ..training.step import make_scenes
+from ..training.step_batch import make_scenes
 from ..training.train_settings import TrainSettings, build_generator
 
 # %% ../../nbs/82_recipes/60_step_memory.ipynb #c265139a

@@ -19,8 +19,8 @@ from ..core.tensors import make_rng, step_rng
 from ..distill.gradient import prescribed_gradient_loss
 from ..rendering.render_memory import render_bytes
 from .run import Run, step_conditioning
-from .step import distill, estimator_cameras, make_scenes, sample_noise
-from .step import step_prompts
+from .step import distill, estimator_cameras, sample_noise
+from .step_batch import make_scenes, step_prompts
 from .train_settings import TrainSettings, method_of
 
 # %% ../../nbs/70_training/42_memory_estimate.ipynb #7ebf277a

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..camera.cameras import Cameras
 from ..camera.poses import orbit
@@ -50,6 +50,7 @@ class Run:
     estimator: EstimatorTrainer | None = None  # VSD and ESD only
     optimizer: torch.optim.Optimizer | None = None  # of the generator; None: not for training
     monitor: FiniteMonitor = field(default_factory=_monitor, init=False)
+    renders: Tensor | None = field(default=None, init=False)  # of the last step, [b, v, 3, h, w]
     step_render_bytes: int | None = field(default=None, init=False)  # estimated when asked for
 
     def __post_init__(self) -> None:

@@ -24,6 +24,7 @@ from .checkpoints import checkpoint_steps
 from .corpora import Prompt, read_manifest, write_manifest
 from .run import Run
 from .run_logs import append_row
+from .step_renders import RENDERS_FILE
 from .stored_texts import TEXTS_FILE, store_texts
 from .train_settings import TrainSettings, read_settings
 
@@ -90,7 +91,7 @@ _FREE |= {f"render.{name}_rays_per_chunk" for name in ("train", "eval")}
 _FREE |= {f"prior_settings.{name}" for name in ("dtype", "channels_last", "compile", "graphs")}
 _FREE |= {f"prior_settings.{name}" for name in ("shared_text", "vae_checkpoint")}
 _BEFORE_CHECKPOINT = {"config.json", "prompts.jsonl", "metrics.jsonl", "import.json"}
-_BEFORE_CHECKPOINT |= {TEXTS_FILE, "validation", "checkpoints"}
+_BEFORE_CHECKPOINT |= {RENDERS_FILE, TEXTS_FILE, "validation", "checkpoints"}
 
 
 def _entries(folder: Path) -> list[Path]:

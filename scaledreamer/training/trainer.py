@@ -37,9 +37,10 @@ from .method_defaults import resolve_as_before
 from .run import Run, build
 from .run_folder import check_run_folder, log_session, read_run_settings
 from .run_folder import start_folder
-from .run_logs import append_row, repair_log, truncate_metrics
+from .run_logs import append_row, repair_log, truncate_log
 from .run_prompts import training_prompts
 from .step import make_optimizer, training_step
+from .step_renders import record_renders, truncate_renders
 from .stored_texts import StoredTextPrior, read_stored_texts
 from .train_settings import GENERATORS, MakeGenerator, TrainSettings
 from .train_settings import ESTIMATOR_METHODS, build_prior
@@ -88,6 +89,7 @@ def train_steps(
             metrics = training_step(run, texts)
             if run.step % settings.log_every == 0:
                 append_row(run.folder / "metrics.jsonl", {"step": run.step} | dict(metrics))
+                record_renders(run.folder, run.step, settings.steps, run.renders)
                 norm, opacity = metrics["gradient_norm"], metrics["opacity"]
                 bar.set_postfix(norm=f"{norm:.2f}", opacity=f"{opacity:.2f}", refresh=False)
             if on_step:
@@ -151,7 +153,8 @@ def _resume(run: Run) -> None:
         warnings.warn(f"{shown_path(run.folder)} has no checkpoint: it starts anew", stacklevel=3)
     for path in damaged:
         set_aside(path)
-    truncate_metrics(run.folder / "metrics.jsonl", run.step)
+    truncate_log(run.folder / "metrics.jsonl", run.step)
+    truncate_renders(run.folder, run.step, run.settings.steps)
     repair_log(run.folder / "sessions.jsonl", "first", "last", "seconds")
 
 # %% ../../nbs/70_training/50_trainer.ipynb #a456d460
