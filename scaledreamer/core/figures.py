@@ -6,6 +6,8 @@
 __all__ = ['Images', 'INK', 'PALETTE', 'STYLE', 'Values', 'to_pixels', 'image_grid', 'figure_style', 'show_images', 'curves']
 
 # %% ../../nbs/10_core/40_figures.ipynb #cab829d4
+import sys
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -90,13 +92,22 @@ STYLE = {
 }
 
 
+_STYLING = threading.RLock()  # matplotlib's settings are those of all threads
+_MAIN = threading.main_thread()
+
+
 @contextmanager
 def figure_style() -> Iterator[None]:
-    "Figures made inside this context have `STYLE`; no setting of matplotlib changes outside."
-    import matplotlib.pyplot as plt
+    """Figures made inside this context have `STYLE`; no setting of matplotlib changes outside.
 
-    plt.draw_if_interactive()  # loads pyplot's backend, whose settings must outlive the context
-    with plt.rc_context(STYLE):
+    Make them with `matplotlib.figure.Figure`. One thread at a time is inside."""
+    import matplotlib
+
+    if "ipykernel.zmqshell" in sys.modules and threading.current_thread() is _MAIN:
+        import matplotlib.pyplot as plt
+
+        plt.draw_if_interactive()  # loads the backend, by which a notebook shows figures
+    with _STYLING, matplotlib.rc_context(STYLE):
         yield
 
 # %% ../../nbs/10_core/40_figures.ipynb #08bb6390

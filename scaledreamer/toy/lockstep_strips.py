@@ -8,7 +8,6 @@ __all__ = ['arrows', 'nearest_frames', 'strip', 'norm_curves']
 # %% ../../nbs/45_toy/40_lockstep_strips.ipynb #464341c5
 from collections.abc import Sequence
 
-import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from jaxtyping import Float
@@ -79,7 +78,8 @@ def strip(
     size = (1.35 * len(shown) + 0.2, 1.35 * len(methods) + 0.2)
     shared = {"squeeze": False, "sharex": True, "sharey": True}
     with figure_style():
-        figure, axes = plt.subplots(len(methods), len(shown), figsize=size, **shared)
+        figure = Figure(figsize=size)
+        axes = figure.subplots(len(methods), len(shown), **shared)
         for i, (row, name) in enumerate(zip(axes, methods)):
             for axis, frame in zip(row, shown):
                 if behind is not None:
@@ -88,7 +88,6 @@ def strip(
                 if i == 0:
                     axis.set_title(f"step {frame.step}")
             row[0].set_ylabel(name)
-        plt.close(figure)
     return figure
 
 # %% ../../nbs/45_toy/40_lockstep_strips.ipynb #06ac50a7

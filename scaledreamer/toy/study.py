@@ -14,7 +14,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from jaxtyping import Float
@@ -206,7 +205,8 @@ def plot_study(
         raise UsageError(f"the study has no {sorted(strangers)}: there are {known}")
     shown, steps = list(figures or known), study["steps"]
     with figure_style():
-        figure, axes = plt.subplots(1, len(shown), figsize=(width * len(shown), 2.6), squeeze=False)
+        figure = Figure(figsize=(width * len(shown), 2.6))
+        axes = figure.subplots(1, len(shown), squeeze=False)
         for axis, what in zip(axes[0], shown):
             for i, (name, method) in enumerate(methods.items()):
                 mean, sd = band(method["series"][what])
@@ -222,7 +222,6 @@ def plot_study(
             elif what not in ("mode_coverage", "mode_width_ratio"):
                 axis.set_yscale("log")
         axes[0, -1].legend(loc="center left", bbox_to_anchor=(1, 0.5))
-        plt.close(figure)
     return figure
 
 # %% ../../nbs/45_toy/70_study.ipynb #89e9fcaf
@@ -230,7 +229,8 @@ def plot_final(study: dict[str, Any]) -> Figure:
     "The particles of the first seed at the end over fresh data, or the first seed's images."
     names = list(study["methods"])
     with figure_style():
-        figure, axes = plt.subplots(1, len(names), figsize=(1.3 * len(names), 1.6), squeeze=False)
+        figure = Figure(figsize=(1.3 * len(names), 1.6))
+        axes = figure.subplots(1, len(names), squeeze=False)
         for i, (axis, name) in enumerate(zip(axes[0], names)):
             axis.set(xticks=[], yticks=[], title=name, aspect="equal")
             if study["toy"] == "points":
@@ -241,7 +241,6 @@ def plot_final(study: dict[str, Any]) -> Figure:
             else:
                 image = Image.open(io.BytesIO(base64.b64decode(study["images"][name])))
                 axis.imshow(image, interpolation="nearest")
-        plt.close(figure)
     return figure
 
 # %% ../../nbs/45_toy/70_study.ipynb #31b201c0
