@@ -134,7 +134,8 @@ def sdi(
     x_t = invert(prior.schedule, predict, latents, t, noise, stride, eta)
     eps = predict_noise_batched(prior, cfg_queries(x_t, t, text), camera)
     source = prior.schedule.eps_from_x0(x_t, latents, t)
-    return score_gradient(prior, weight, apply_cfg(eps, text, guidance), source, eps[0], t)
+    target = apply_cfg(eps, text, guidance)
+    return score_gradient(prior, weight, target, source, eps[0], t, x_t=x_t, x_shifted=x_t)
 
 # %% ../../nbs/35_distill/70_later_methods.ipynb #de8f7d89
 @torch.no_grad()
@@ -165,4 +166,5 @@ def ism(
     source = predict(x_s, s, torch.arange(len(s), device=s.device))
     x_t = prior.schedule.ddim_step(x_s, source, s, t)
     eps = predict_noise_batched(prior, cfg_queries(x_t, t, text), camera)
-    return score_gradient(prior, weight, apply_cfg(eps, text, guidance), source, eps[0], t, s)
+    target = apply_cfg(eps, text, guidance)
+    return score_gradient(prior, weight, target, source, eps[0], t, s, x_t, x_s)

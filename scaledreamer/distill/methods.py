@@ -34,6 +34,9 @@ class ScoreGradient:
     weight: Float[Tensor, " b"]  # omega(t)
     t: Int[Tensor, " b"]
     t_shifted: Int[Tensor, " b"]  # timestep of the source; t if the method does not shift
+    # where the noise was predicted, at t and at t_shifted; None: the latents with the given noise
+    x_t: Float[Tensor, "b ..."] | None = None
+    x_shifted: Float[Tensor, "b ..."] | None = None
 
     @property
     def classifier(self) -> Float[Tensor, "b ..."]:
@@ -55,13 +58,14 @@ def score_gradient(
     unguided: Tensor,
     t: Tensor,
     t_shifted: Tensor | None = None,
+    x_t: Tensor | None = None,  # these two for methods that do not simply add the noise
+    x_shifted: Tensor | None = None,
 ) -> ScoreGradient:
     "Eq. 1 of the paper, omega(t) (target - source)."
     w = weight(prior.schedule, t)
     gradient = expand_per_item(w, target) * (target - source)
-    return ScoreGradient(
-        gradient, target, unguided, source, w, t, t if t_shifted is None else t_shifted
-    )
+    t_shifted = t if t_shifted is None else t_shifted
+    return ScoreGradient(gradient, target, unguided, source, w, t, t_shifted, x_t, x_shifted)
 
 # %% ../../nbs/35_distill/50_methods.ipynb #4b5e191f
 def cfg_queries(x_t: Tensor, t: Tensor, text: Conditioning) -> list[Evaluation]:
