@@ -1,9 +1,11 @@
 """Install scaledreamer. Everything that may change is in settings.ini, which nbdev reads too."""
 
+import shutil
 from configparser import ConfigParser
 from pathlib import Path
 
 from setuptools import find_packages, setup
+from setuptools.command.build_py import build_py
 
 here = Path(__file__).parent
 settings = ConfigParser(delimiters=["="])
@@ -11,6 +13,19 @@ settings.read(here / "settings.ini", encoding="utf-8")
 cfg = settings["DEFAULT"]
 repository = f"https://github.com/{cfg['user']}/{cfg['repo']}"
 lab = cfg["lab_requirements"].split()
+
+
+class BuildWithNotebooks(build_py):
+    "Puts nbs/ into a wheel, from where `scaledreamer lab` copies it to the user."
+
+    def run(self) -> None:
+        super().run()
+        if not self.editable_mode:  # which has nbs/ itself
+            target = Path(self.build_lib) / "scaledreamer/assets/notebooks"
+            hidden = shutil.ignore_patterns(".*", "__pycache__")
+            shutil.rmtree(target, ignore_errors=True)
+            shutil.copytree(here / cfg["nbs_path"], target, ignore=hidden)
+
 
 setup(
     name=cfg["lib_name"],
@@ -29,6 +44,7 @@ setup(
     },
     python_requires=f">={cfg['min_python']}",
     packages=find_packages(include=["scaledreamer", "scaledreamer.*"]),
+    cmdclass={"build_py": BuildWithNotebooks},
     package_data={"scaledreamer": ["assets/**/*", "py.typed"]},
     install_requires=[*cfg["requirements"].split(), *lab],
     extras_require={
