@@ -144,13 +144,12 @@ def query_prior(
     batch: Batch,
     latents: Float[Tensor, "n ..."],
     step: int,
-    steps: int,  # of the run
     rng: torch.Generator,  # of the step, after the renders
 ) -> PriorQuery:
     "Timesteps, noise and texts of a step, and the method's gradient."
     settings, prior, estimator = run.settings, run.prior, run.estimator
     schedule, shift = prior.schedule, settings.distill.shift_schedule()
-    window = settings.distill.window(steps)(step, schedule.steps)
+    window = settings.distill.window(settings.steps)(step, schedule.steps)
     sample = sample_noise(latents, window, schedule.steps - 1, shift, rng)
     text = step_conditioning(prior, batch.prompts, batch.cameras, settings)
     camera = to_device(estimator_cameras(batch.cameras), latents) if estimator else None
@@ -185,7 +184,7 @@ def training_step(run: Run, texts: TextEmbedding) -> LazyMetrics:
     batch, scenes, rendering = render_batch(run, texts, run.step, rng)
     run.renders = rendering.rgb.detach()
     latents = prior.encode_image(rendering.rgb.flatten(0, 1))
-    query = query_prior(run, batch, latents, run.step, settings.steps, rng)
+    query = query_prior(run, batch, latents, run.step, rng)
     text, score = query.text, query.score
 
     weights = settings.loss.at(run.step, settings.steps)
