@@ -538,7 +538,7 @@ def test_a_run_is_moved_with_or_without_its_prior(settings, tmp_path, monkeypatc
     assert alone("0000").returncode == 0  # its text is stored in the run
     other = alone("a green cone")
     assert other.returncode == 1
-    assert other.stderr.endswith("a/link): give its folder with --prior\n")
+    assert other.stderr.endswith("a/link): give its folder as the prior (--prior)\n")
     with contextlib.redirect_stdout(io.StringIO()):
         assert cli.run_command([*argv, "a green cone", "--prior", str(tmp_path / "sd")]) == 0
     moved = replace(own, prior=str(tmp_path / "sd"))
@@ -568,7 +568,7 @@ def test_more_steps_go_on_with_the_schedules_of_the_new_length(copy, settings, w
 
 def test_all_that_differs_is_said(copy, settings):
     other = replace(settings, seed=1, method="sds", resolution=9)
-    sentence = "method = asd, not sds; seed = 0, not 1; resolution = 8, not 9: resume with the same"
+    sentence = "method = asd, not sds; seed = 0, not 1; resolution = 8, not 9: go on with the same"
     with pytest.raises(UsageError, match=sentence):
         run_training(copy, other, resume=True, show=False)
 

@@ -418,7 +418,7 @@ def test_a_disk_that_takes_no_more_costs_no_checkpoint(settings, tmp_path):
     assert done.returncode == 1
     assert re.search(
         r"^scaledreamer: checkpoint \S+000004 could not be written \(.+\): free some space "
-        r"and go on with --resume",
+        r"and go on from the checkpoint before",
         done.stderr,
         re.M,
     ), done.stderr

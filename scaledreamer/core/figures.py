@@ -6,7 +6,6 @@
 __all__ = ['Images', 'INK', 'PALETTE', 'STYLE', 'Values', 'to_pixels', 'image_grid', 'figure_style', 'show_images', 'curves']
 
 # %% ../../nbs/10_core/40_figures.ipynb #cab829d4
-import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,6 +18,7 @@ from jaxtyping import Float, UInt8
 from PIL import Image
 from torch import Tensor
 
+from .interrupts import in_notebook
 from .settings import UsageError
 
 if TYPE_CHECKING:  # matplotlib is slow to import: it is loaded when the first figure is made
@@ -103,7 +103,7 @@ def figure_style() -> Iterator[None]:
     Make them with `matplotlib.figure.Figure`. One thread at a time is inside."""
     import matplotlib
 
-    if "ipykernel.zmqshell" in sys.modules and threading.current_thread() is _MAIN:
+    if in_notebook() and threading.current_thread() is _MAIN:
         import matplotlib.pyplot as plt
 
         plt.draw_if_interactive()  # loads the backend, by which a notebook shows figures

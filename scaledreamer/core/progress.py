@@ -13,6 +13,8 @@ import time
 from collections.abc import Iterable, Iterator
 from typing import Any, Self
 
+from .interrupts import in_notebook
+
 # %% ../../nbs/10_core/90_progress.ipynb #cb5613bb
 def duration(seconds: float) -> str:
     "Hours, minutes and seconds, as in 2:05:09 or 5:09."
@@ -89,7 +91,7 @@ class ProgressLines:
 # %% ../../nbs/10_core/90_progress.ipynb #e8b22ee9
 def is_interactive() -> bool:
     "Whether stderr is a terminal, or the code runs in a notebook."
-    return "ipykernel.zmqshell" in sys.modules or sys.stderr.isatty()
+    return in_notebook() or sys.stderr.isatty()
 
 
 def progress_disabled() -> bool:

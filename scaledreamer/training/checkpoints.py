@@ -137,8 +137,8 @@ def save_checkpoint(
         shutil.rmtree(partial, ignore_errors=True)
         cause, remedy = obstacle(error)
         raise RunError(
-            f"checkpoint {final} could not be written ({cause}): {remedy} and go on with --resume "
-            "from the checkpoint before"
+            f"checkpoint {final} could not be written ({cause}): {remedy} and go on from the "
+            "checkpoint before (--resume)"
         ) from None
     return final
 

@@ -63,7 +63,7 @@ def read_run_settings(folder: Path) -> TrainSettings:
     if not os.path.lexists(config):
         raise RunError(
             f"{shown_path(folder)} is no run folder (it has no config.json): "
-            "give the --out of a training run"
+            "give the folder of a training run"
         )
     value = read_json(config, dict, remedy=remedy)
     relative = value.pop("relative_to_run", {})
@@ -153,18 +153,18 @@ def _check_same_run(
         more = f" and {len(differences) - 4} more" if differences[4:] else ""
         raise UsageError(
             f"{shown_path(folder)} was started with {'; '.join(differences[:4])}{more}: "
-            "resume with the same settings, or give another --out"
+            "go on with the same settings, or give another folder (--out)"
         )
     done = max(checkpoint_steps(folder / "checkpoints"), default=0)
     if settings.steps < done:
         raise UsageError(
             f"{shown_path(folder)} has done {done} steps already, and steps is {settings.steps}: "
-            "give more, or another --out"
+            "give more, or another folder (--out)"
         )
     if read_manifest(folder / "prompts.jsonl") != prompts:
         raise UsageError(
             f"{shown_path(folder)} was started with other prompts than are given now: "
-            "put them back, or give another --out"
+            "put them back, or give another folder (--out)"
         )
 
 # %% ../../nbs/70_training/45_run_folder.ipynb #1f8d918f
@@ -177,11 +177,11 @@ def check_run_folder(
 ) -> None:
     "Raises `UsageError` for a folder that cannot take this run, `RunError` for a damaged one."
     if os.path.lexists(folder) and not folder.is_dir():
-        raise UsageError(f"{shown_path(folder)} is no folder: give a folder as --out")
+        raise UsageError(f"{shown_path(folder)} is no folder: give a folder (--out)")
     if resume and os.path.lexists(folder / "import.json"):
         raise UsageError(
             f"{shown_path(folder)} has imported weights without a state of Adam, for evaluation "
-            "and export: training needs another --out"
+            "and export: training needs another folder (--out)"
         )
     if not built:
         check_unlocked(folder)
@@ -190,8 +190,10 @@ def check_run_folder(
     if resume and not fresh and os.path.lexists(folder / "config.json"):
         _check_same_run(folder, settings, prompts, built)
     elif not fresh:
-        hint = " (it is no run to resume)" if resume else ", or --resume to go on with it"
-        raise UsageError(f"{shown_path(folder)} exists and is not empty: give another --out{hint}")
+        hint = "; it is no run to resume" if resume else ", or go on with it (--resume)"
+        raise UsageError(
+            f"{shown_path(folder)} exists and is not empty: give another folder (--out){hint}"
+        )
 
 # %% ../../nbs/70_training/45_run_folder.ipynb #1edd32ba
 def _clear(folder: Path) -> None:
