@@ -47,8 +47,13 @@ def on_all_cores(tasks: list[Callable[[], None]]) -> None:
         for task in tasks:
             task()
         return
-    pool = _pool(os.getpid(), threads)
-    for future in [pool.submit(task) for task in tasks]:
+    pool, futures = _pool(os.getpid(), threads), []
+    for task in tasks:
+        try:
+            futures.append(pool.submit(task))
+        except RuntimeError:  # the interpreter is ending, and pools take no more tasks
+            task()
+    for future in futures:
         future.result()
 
 
