@@ -222,10 +222,6 @@ class CurveExplorer(CurveControls):
         for control in (self.prior, self.prompts, self.shift_schedule, self.t0, self.eta):
             control.observe(self._moved, "value")
 
-    def _repr_mimebundle_(self, **kwargs) -> dict:
-        self.figure.catch_up()
-        return super()._repr_mimebundle_(**kwargs)
-
     def _data(self) -> list[dict]:
         make = self.shift_schedules[self.shift_schedule.value]
         self.shown = explore(self.curves, self.t0.value, self.eta.value, make, **self.options)

@@ -36,10 +36,6 @@ class FrameFigure(widgets.VBox):
         self.label = widgets.HTML(describe_frame(run.frames[0]))
         super().__init__([self.label, self.figure])
 
-    def _repr_mimebundle_(self, **kwargs) -> dict:
-        self.figure.catch_up()
-        return super()._repr_mimebundle_(**kwargs)
-
     def show(self, index: int) -> None:
         "Show a recorded frame."
         with self.drawing:
