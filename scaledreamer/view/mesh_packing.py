@@ -74,7 +74,7 @@ def write_differences(rows: np.ndarray) -> bytes:  # [n, k]
 
 # %% ../../nbs/80_view/26_mesh_packing.ipynb #7a03a470
 MOST_VERTICES = 1_000_000  # of all meshes of a page
-PackedMesh = dict[str, Any]  # name, vertices, triangles, low, span, radius, data
+PackedMesh = dict[str, Any]  # name, vertices, triangles, closed, low, span, radius, data
 
 
 def _check_mesh(name: str, mesh: trimesh.Trimesh) -> None:
@@ -117,6 +117,7 @@ def pack_mesh(name: str, mesh: trimesh.Trimesh) -> PackedMesh:
         "name": name,
         "vertices": len(order),
         "triangles": len(faces),
+        "closed": bool(mesh.is_volume),  # its back faces are never seen from outside
         "low": low.tolist(),  # corner of the box, world units
         "span": span.tolist(),  # its sides
         "radius": float(np.linalg.norm(vertices, axis=1).max()),  # around the origin

@@ -3,8 +3,8 @@
 
 const STYLE = `
 .scaledreamer-meshes { color: inherit; font: 14px/1.4 var(--jp-ui-font-family, system-ui) }
-.scaledreamer-meshes .panels { display: grid; gap: 8px; max-width: 1300px;
-  grid-template-columns: repeat(auto-fit, minmax(min(100%, 200px), 420px)); border-radius: 4px }
+.scaledreamer-meshes .panels { display: grid; gap: 8px; border-radius: 4px;
+  grid-template-columns: repeat(auto-fit, minmax(min(100%, 200px), 1fr)) }
 .scaledreamer-meshes .panels:focus-visible { outline: 2px solid #0072b2; outline-offset: 2px }
 .scaledreamer-meshes figure { margin: 0; min-width: 0 }
 .scaledreamer-meshes canvas { display: block; width: 100%; aspect-ratio: 1; cursor: grab;
@@ -165,15 +165,22 @@ class MeshView {
     this.select.value = this.model.get("mode");
     this.boxes.forEach((box) => { box.checked = shown.includes(box.value); });
     this.panels.forEach(({ panel }, name) => { panel.hidden = !shown.includes(name); });
+    this.stage.style.maxWidth = `${428 * shown.length - 8}px`;
     this.redraw();
   }
 
-  redraw() {
-    this.frame ??= requestAnimationFrame(() => this.draw());
+  redraw() { // at once, and with smooth edges when nothing moves any more
+    this.next(1);
+    clearTimeout(this.rest);
+    this.rest = setTimeout(() => this.next(devicePixelRatio < 2 ? 2 : 1), 150);
   }
 
-  draw() {
-    this.frame = null;
+  next(scale) {
+    cancelAnimationFrame(this.frame);
+    this.frame = requestAnimationFrame(() => this.draw(scale));
+  }
+
+  draw(scale) {
     const { model } = this, [azimuth, elevation, distance, mode, shown] = STATE.map((name) =>
       model.get(name));
     for (const name of shown) {
@@ -182,7 +189,7 @@ class MeshView {
       const size = Math.min(Math.round(canvas.clientWidth * devicePixelRatio), 2048);
       if (canvas.width !== size || canvas.height !== size) canvas.width = canvas.height = size;
       const camera = { azimuth, elevation, distance, radius: model.get("radius") };
-      painter().paint(mesh, camera, mode, canvas);
+      painter().paint(mesh, camera, mode, canvas, scale);
     }
     if (this.meshes.size) this.drawn += 1;
   }
@@ -192,6 +199,7 @@ class MeshView {
     this.model.off("change:meshes", this.renew);
     this.meshes.forEach((mesh) => painter().forget(mesh));
     painter().viewers.delete(this);
+    clearTimeout(this.rest);
     [this.sizes, this.waits].forEach((observer) => observer.disconnect());
   }
 }

@@ -52,7 +52,7 @@ class Painter {
   constructor() {
     this.canvas = document.createElement("canvas");
     this.viewers = new Set();
-    this.gl = this.canvas.getContext("webgl2", { antialias: true });
+    this.gl = this.canvas.getContext("webgl2", { antialias: false });
     this.canvas.addEventListener("webglcontextlost", (event) => event.preventDefault());
     this.canvas.addEventListener("webglcontextrestored", () => {
       this.start();
@@ -86,7 +86,7 @@ class Painter {
   }
 
   resize(size) {
-    if (size <= this.size) return;
+    if (size === this.size) return;
     const { gl } = this;
     this.size = this.canvas.width = this.canvas.height = size;
     gl.bindTexture(gl.TEXTURE_2D, this.texture);
@@ -124,8 +124,8 @@ class Painter {
     this.vaos.delete(mesh);
   }
 
-  paint(mesh, camera, mode, panel) {
-    const { gl } = this, size = panel.width, through = mode === "opacity";
+  paint(mesh, camera, mode, panel, scale) { // scale: drawn pixels per pixel of the panel
+    const { gl } = this, size = panel.width * scale, through = mode === "opacity";
     if (gl.isContextLost()) return; // everything is drawn again when it is restored
     this.resize(size);
     if (!this.vaos.has(mesh)) this.upload(mesh);
@@ -135,6 +135,8 @@ class Painter {
     gl.clear(gl.COLOR_BUFFER_BIT | gl.DEPTH_BUFFER_BIT);
     (through ? gl.disable : gl.enable).call(gl, gl.DEPTH_TEST);
     (through ? gl.enable : gl.disable).call(gl, gl.BLEND);
+    const hidden = mesh.closed && !through && camera.distance > camera.radius;
+    (hidden ? gl.enable : gl.disable).call(gl, gl.CULL_FACE); // back faces that cannot be seen
     gl.blendFunc(gl.ONE, gl.ONE);
     gl.useProgram(this.program);
     this.place(mesh, camera, mode);
@@ -147,9 +149,9 @@ class Painter {
       gl.useProgram(this.blend);
       gl.drawArrays(gl.TRIANGLES, 0, 3);
     }
-    const copy = panel.getContext("2d"), top = this.size - size;
-    copy.clearRect(0, 0, size, size);
-    copy.drawImage(this.canvas, 0, top, size, size, 0, 0, size, size);
+    const copy = panel.getContext("2d");
+    copy.clearRect(0, 0, panel.width, panel.width);
+    copy.drawImage(this.canvas, 0, 0, panel.width, panel.width);
   }
 
   place(mesh, { azimuth, elevation, distance, radius }, mode) {
@@ -170,7 +172,7 @@ class Painter {
 const painter = () => (globalThis[Symbol.for("scaledreamer.mesh.1")] ??= new Painter());
 
 // The arrays of a packed mesh, from the layout that view/mesh_packing.py describes
-async function unpackMesh({ vertices, triangles, low, span, data }) {
+async function unpackMesh({ vertices, triangles, closed, low, span, data }) {
   const packed = typeof data === "string"
     ? Uint8Array.from(atob(data), (letter) => letter.charCodeAt(0))
     : new Uint8Array(data.buffer, data.byteOffset, data.byteLength);
@@ -199,5 +201,6 @@ async function unpackMesh({ vertices, triangles, low, span, data }) {
     if (corners[i] === fresh) fresh += 1;
   }
   const positions = columns(Uint16Array, 3), normals = columns(Int8Array, 2);
-  return { low, span, corners, positions, normals, colors: columns(Uint8Array, 3) };
+  const colors = columns(Uint8Array, 3);
+  return { closed, low, span, corners, positions, normals, colors };
 }
