@@ -29,7 +29,8 @@ from ..training.train_settings import MakeGenerator, TrainSettings
 from ..training.trainer import open_run
 from ..core.memory import process_memory
 from .run_files import LogTail, ReloadedFile
-from .run_pictures import Picture, PictureStore, learnt_image, png_bytes
+from .run_pictures import Picture, PictureStore, learnt_image
+from .scene_pictures import encode_png
 from .run_source import RunState, gigabytes, read_results, run_files
 
 # %% ../../nbs/81_widgets/52_folder_source.ipynb #d17bb098
@@ -75,7 +76,7 @@ class CheckpointPictures:
             while (row := self._row_due()) is not None:
                 run = self._load()
                 image = learnt_image(run, run.train_prompts[row].text)
-                self.store.put(row, Picture(run.step, png_bytes(image)))
+                self.store.put(row, Picture(run.step, encode_png(image)))
         except Exception as error:  # the run may be of any kind, and deleted meanwhile
             self.message = f"no pictures: {error}"
 

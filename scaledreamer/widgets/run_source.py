@@ -26,7 +26,8 @@ from ..training.run import Run
 from ..training.train_settings import TrainSettings
 from .run_files import ReloadedFile
 from .run_pictures import Picture, PictureStore, TimeBudget
-from .run_pictures import learnt_image, png_bytes
+from .run_pictures import learnt_image
+from .scene_pictures import encode_png
 
 # %% ../../nbs/81_widgets/50_run_source.ipynb #f193806c
 @dataclass(frozen=True)
@@ -100,7 +101,7 @@ def request_picture(job: TrainingJob, shared: JobPictures, row: int | None, text
                 shared.budget.spend(2 * shared.budget.credit)
                 return
             row_done, step, image, seconds = done.result()
-            shared.store.put(row_done, Picture(step, png_bytes(image)))
+            shared.store.put(row_done, Picture(step, encode_png(image)))
             shared.budget.spend(seconds)
         idle = job.status == "paused" or job.status in ENDED
         if shared.pending is None and row is not None:
