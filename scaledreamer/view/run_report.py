@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['REPORT_VIEWS', 'REPORT_SIZE', 'REPORT_PAGE', 'METRIC_NAMES', 'write_views', 'write_meshes', 'known_metrics',
-           'metrics_table', 'inline', 'training_curve', 'true_views', 'prompt_section', 'describe_run', 'write_report']
+           'metrics_table', 'inline', 'training_curve', 'true_views', 'report_resolution', 'mesh_viewer_html',
+           'prompt_section', 'describe_run', 'write_report']
 
 # %% ../../nbs/80_view/30_run_report.ipynb #af6a8650
 import base64
@@ -29,6 +30,8 @@ from ..training.run import Run
 from ..training.run_logs import read_rows
 from ..training.run_prompts import corpus_name
 from .mesh import extract_mesh, save_mesh
+from .mesh_packing import pack_meshes
+from .mesh_page import page_script, scene_meshes, viewer_html, viewer_state
 from .turntable import turntable_frames
 
 # %% ../../nbs/80_view/30_run_report.ipynb #3c20f2e7
@@ -85,7 +88,7 @@ td+td{{font-variant-numeric:tabular-nums}}
 img{{max-width:100%;display:block}}
 h2{{font-size:1em;margin:1.6em 0 .3em}}p{{margin:.2em 0}}
 </style></head><body>
-<h1>{title}</h1><p>{what}</p><table>{metrics}</table>{curve}{prompts}</body></html>
+<h1>{title}</h1><p>{what}</p><table>{metrics}</table>{curve}{prompts}{script}</body></html>
 """
 METRIC_NAMES = {
     "r_at_1": "R@1 by view",
@@ -145,10 +148,26 @@ def true_views(text: str) -> Float[Tensor, "v 3 h w"] | None:
     return rendering.over(torch.ones(3)).movedim(-1, 1)
 
 
+def report_resolution(prompts: int) -> int:
+    "Cells per side of the meshes on a page with so many prompts: 64 for up to 15, then fewer."
+    return round(64 * min(1.0, 15 / max(prompts, 1)) ** 0.5)
+
+
+@torch.no_grad()
+def mesh_viewer_html(run: Run, prompt: Prompt, resolution: int) -> str:
+    "The mesh of a prompt to turn, beside the true one; '' for a scene without a surface."
+    try:
+        scene = run.scene([prompt.text])
+        meshes = scene_meshes(scene, prompt.text, resolution, run.settings.device)
+    except RunError:
+        return ""
+    return viewer_html(viewer_state(pack_meshes(meshes)))
+
+# %% ../../nbs/80_view/30_run_report.ipynb #6a0bc316
 def prompt_section(
-    prompt: Prompt, views: Float[Tensor, "v 3 h w"], result: dict, mesh: bool
+    prompt: Prompt, views: Float[Tensor, "v 3 h w"], result: dict, mesh: bool, viewer: str = ""
 ) -> str:
-    "One prompt: its views, the true object's below, its metrics and its mesh."
+    "One prompt: its views, the true object's below, its metrics and its mesh, also to turn."
     rows, alt = [views], f"{prompt.text} from {REPORT_VIEWS} sides"
     if (true := true_views(prompt.text)) is not None:
         rows.append(true)
@@ -157,7 +176,7 @@ def prompt_section(
     metrics = ", ".join(f"{name} {value}" for name, value in known_metrics(result).items())
     link = f'<a href="meshes/{prompt.id}.glb">mesh</a>' if mesh else "no surface, no mesh"
     title = f"{prompt.id} · {html.escape(prompt.text)}"
-    return f"<h2>{title}</h2>{sheet}<p>{metrics} · {link}</p>"
+    return f"<h2>{title}</h2>{sheet}<p>{metrics} · {link}</p>{viewer}"
 
 # %% ../../nbs/80_view/30_run_report.ipynb #da7ea22f
 def describe_run(run: Run, left_out: int) -> str:
@@ -168,7 +187,8 @@ def describe_run(run: Run, left_out: int) -> str:
         f"{s.generator} on {corpus_name(s)} ({len(run.train_prompts)} prompts) by {s.method} "
         f"from {Path(s.prior).name}: step {run.step} of {s.steps}, seed {s.seed}. "
         f"For each prompt, {REPORT_VIEWS} views of what was learnt; below them the true object, "
-        f"where it is known.{more}"
+        f"where it is known, and the meshes of both to turn: by drag, by arrow keys, by the wheel "
+        f"after a click.{more}"
     )
 
 
@@ -181,16 +201,18 @@ def write_report(
     rows = {row["id"]: row for row in result["per_prompt"][:most]}
     prompts = [prompt for prompt in run.train_prompts if prompt.id in rows]
     views, meshes = write_views(run, prompts), write_meshes(run, prompts)
-    sections = [
-        prompt_section(prompt, views[prompt.id], rows[prompt.id], prompt.id in meshes)
-        for prompt in prompts
-    ]
+    resolution, sections = report_resolution(len(prompts)), []
+    for prompt in prompts:
+        viewer = mesh_viewer_html(run, prompt, resolution)
+        has_mesh = prompt.id in meshes
+        sections.append(prompt_section(prompt, views[prompt.id], rows[prompt.id], has_mesh, viewer))
     page = REPORT_PAGE.format(
         title=html.escape(run.folder.name),
         what=html.escape(describe_run(run, len(result["per_prompt"]) - len(prompts))),
         metrics=metrics_table(result),
         curve=training_curve(run.folder / "metrics.jsonl"),
         prompts="".join(sections),
+        script=page_script(),
     )
     write_atomic(run.folder / "report.html", page)
     return run.folder / "report.html"
