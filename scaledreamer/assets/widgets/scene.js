@@ -20,14 +20,15 @@ const STYLE = `
 .scaledreamer-scene label.part { display: flex; flex: 1 1 100%; gap: 8px; align-items: center }
 .scaledreamer-scene input[type="range"] { flex: 1; min-width: 8em }
 .scaledreamer-scene .state { opacity: 0.75; font-variant-numeric: tabular-nums }
-.scaledreamer-scene .message { color: var(--jp-error-color1, #b3261e) }`;
+.scaledreamer-scene .message:not(:empty) { border-left: 3px solid #d55e00; padding-left: 8px }`;
 const HINT = "drag or arrow keys turn; the wheel (after a click) or + and - zoom; " +
   "a double click resets";
 const TURNS = { ArrowLeft: [-5, 0], ArrowRight: [5, 0], ArrowUp: [0, 5], ArrowDown: [0, -5] };
 const ZOOMS = { "+": 0.9, "=": 0.9, "-": 1 / 0.9, _: 1 / 0.9 };
 const CHOICES = {
   mode: ["show", { color: "colour", normal: "normal", depth: "depth", opacity: "opacity" }],
-  background: ["behind", { scene: "the scene's own", white: "white", grey: "grey", black: "black" }],
+  background: ["background", { scene: "as trained", white: "white", grey: "grey",
+    black: "black" }],
 };
 const TEXTS = { text: "prompt", one: "from", other: "to" }; // fields, where the model has them
 const STATE = ["azimuth", "elevation", "distance", "step", "message", "part", "prompts",
@@ -54,9 +55,7 @@ class Requests { // at most one unanswered
     this.model.save_changes();
   }
 
-  answered() {
-    if (this.waiting) this.send();
-  }
+  answered() { if (this.waiting) this.send(); }
 }
 
 class SceneView {
@@ -71,8 +70,8 @@ class SceneView {
     this.state = make("span", { className: "state" });
     this.message = make("div", { className: "message" });
     this.message.setAttribute("role", "status");
-    this.root.append(this.stage, this.controls, this.message);
     element.append(this.root);
+    this.root.append(this.stage, this.controls, this.message);
     this.layout();
     this.steer();
     this.listen();
@@ -114,9 +113,7 @@ class SceneView {
       "reset view"), this.state);
   }
 
-  has(name) {
-    return this.model.get(name) !== undefined;
-  }
+  has(name) { return this.model.get(name) !== undefined; }
 
   textField(name, title) {
     const list = make("datalist", { id: `scaledreamer-${Math.random().toString(36).slice(2)}` });
@@ -174,9 +171,7 @@ class SceneView {
     this.set({ distance: Math.min(Math.max(distance, home / 5), 5 * home) });
   }
 
-  reset() {
-    this.set({ ...this.model.get("home") });
-  }
+  reset() { this.set({ ...this.model.get("home") }); }
 
   set(values) {
     Object.entries(values).forEach(([name, value]) => this.model.set(name, value));
@@ -204,8 +199,7 @@ class SceneView {
   describe() {
     const [a, e] = ["azimuth", "elevation"].map((name) => Math.round(this.model.get(name)));
     const { pixels } = this.model.get("frame"), step = this.model.get("step");
-    const now = performance.now();
-    this.times = this.times.filter((time) => now - time < 1000);
+    this.times = this.times.filter((time) => performance.now() - time < 1000);
     return [`azimuth ${a}°, elevation ${e}°, distance ${this.model.get("distance").toFixed(2)}`,
       step < 0 ? "" : `step ${step}`, pixels ? `${pixels} x ${pixels} pixels` : "",
       this.times.length > 2 ? `${this.times.length} frames/s` : ""].filter(Boolean).join("; ");
