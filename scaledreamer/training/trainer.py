@@ -60,12 +60,16 @@ def save_picture(run: Run) -> None:
     validation_picture(run, run.folder / "validation" / f"{run.step:06d}.png")
 
 
+def _check_there(run: Run) -> None:
+    if not run.folder.is_dir():
+        raise RunError(f"{shown_path(run.folder)} was deleted during the training: start anew")
+
+
 def save_run(run: Run) -> None:
     """A checkpoint of the run's present step, if there is none. Raises `RunError` if a step so far
     was not finite, or if the run's folder has been deleted."""
     run.monitor.flush({})
-    if not run.folder.is_dir():
-        raise RunError(f"{shown_path(run.folder)} was deleted during the training: start anew")
+    _check_there(run)
     folder = run.folder / "checkpoints"
     if run.step not in checkpoint_steps(folder):
         save_checkpoint(folder, run.step, run.generator, run.optimizer, run.estimator)
@@ -97,6 +101,7 @@ def train_steps(
         while run.step < settings.steps:
             metrics = training_step(run, texts)
             if run.step % settings.log_every == 0:
+                _check_there(run)
                 append_row(run.folder / "metrics.jsonl", {"step": run.step} | dict(metrics))
                 record_renders(run.folder, run.step, settings.steps, run.renders)
                 norm, opacity = metrics["gradient_norm"], metrics["opacity"]
