@@ -162,14 +162,15 @@ def test_formats_in_any_case(run, tmp_path, name, capsys):
 @pytest.mark.parametrize(
     "to, options, message",
     [
-        ("x.stl", [], "its name should end in one of .glb, .obj, .ply, .gif, .mp4, .html"),
+        ("x.stl", [], "its name should end in one of .glb, .obj, .ply, .html, .gif, .mp4"),
         ("x", [], "its name should end in one of"),
         ("x.glb ", [], "its name should end in one of"),
         ("folder.glb", [], "it is a folder, give the name of a file in it"),
         ("note/x.glb", [], "is a file, give a path in a folder"),
         ("x.gif", ["--level", 0], "--level is for meshes, and x.gif is a turntable: leave it out"),
         ("x.mp4", ["--largest-only"], "--largest-only is for meshes"),
-        ("x.HTML", ["--texture", 64], "--texture is for meshes"),
+        ("x.HTML", ["--texture", 64], "--texture is for .glb"),
+        ("x.mp4", ["--texture", 64], "--texture is for meshes"),
         ("x.obj", ["--texture", 64], "--texture is for .glb"),
         ("x.glb", ["--texture", 1], "--texture is 1: expected an integer from 16 to 8192"),
         ("x.glb", ["--level", "nan"], "--level is"),

@@ -40,7 +40,7 @@ COMMANDS = {  # name: module and class, and what it does
     ),
     "export": (
         "export.Export",
-        "Write a prompt as a mesh (.glb, .obj, .ply) or a turntable (.gif, .mp4, .html).",
+        "Write a prompt as a mesh (.glb, .obj, .ply, .html) or a turntable (.gif, .mp4).",
     ),
     "import-weights": (
         "weights.ImportWeights",
