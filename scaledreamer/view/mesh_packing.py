@@ -5,18 +5,21 @@
 # %% auto #0
 __all__ = ['MOST_VERTICES', 'PackedMesh', 'octahedral', 'from_octahedral', 'code_corners', 'decode_corners', 'by_first_use',
            'write_column', 'read_column', 'write_differences', 'check_meshes', 'mesh_colors', 'pack_mesh',
-           'pack_meshes', 'unpack_mesh']
+           'pack_meshes', 'unpack_mesh', 'save_packed', 'load_packed']
 
 # %% ../../nbs/80_view/26_mesh_packing.ipynb #19aa9161
+import json
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import trimesh
 from jaxtyping import Float, Int, Int8, UInt8, UInt16
 
-from ..core.settings import UsageError
+from ..core.files import read_regular_file, shown_path, write_atomic
+from ..core.settings import RunError, UsageError
 
 # %% ../../nbs/80_view/26_mesh_packing.ipynb #05e43a70
 def octahedral(normals: Float[np.ndarray, "n 3"]) -> Int8[np.ndarray, "n 2"]:
@@ -154,3 +157,25 @@ def unpack_mesh(packed: PackedMesh) -> trimesh.Trimesh:
         vertex_colors=_read_differences(parts[3], np.uint8, n, 3),
         process=False,
     )
+
+# %% ../../nbs/80_view/26_mesh_packing.ipynb #ae61e509
+def save_packed(path: str | Path, packed: Sequence[PackedMesh]) -> None:
+    "Write packed meshes to one file."
+    header = [mesh | {"data": len(mesh["data"])} for mesh in packed]
+    data = b"".join(mesh["data"] for mesh in packed)
+    write_atomic(path, json.dumps(header).encode() + b"\n" + data)
+
+
+def load_packed(path: str | Path) -> list[PackedMesh]:
+    "The packed meshes of a file of `save_packed`. Raises `RunError` for another file."
+    header, _, data = read_regular_file(path).partition(b"\n")
+    try:
+        packed, end = json.loads(header), 0
+        for mesh in packed:
+            start, end = end, end + mesh["data"]
+            mesh["data"] = data[start:end]
+    except (ValueError, TypeError, KeyError) as error:
+        raise RunError(f"{shown_path(path)}: it is no file of packed meshes") from error
+    if end != len(data):
+        raise RunError(f"{shown_path(path)}: it is damaged, write it anew")
+    return packed
