@@ -117,7 +117,7 @@ class StepInspection:
         "The norm of the gradient at each latent pixel, over the channels."
         return self.score.gradient.norm(dim=1).float().cpu()
 
-# %% ../../nbs/70_training/58_step_inspection.ipynb #95c4949a
+# %% ../../nbs/70_training/58_step_inspection.ipynb #4418d8ba
 SOURCES = {  # what each method subtracts, at the end of a sentence
     "sds": "the noise that was added, whose x0 is the render itself",
     "csd": "the prediction at t without the text",
@@ -139,6 +139,8 @@ def _notes(run: Run, step: int, score: ScoreGradient) -> list[str]:
     notes = [f"{method.upper()} subtracts {SOURCES[method]}."]
     if score.t_shifted is score.t:
         notes.append("There is no second query, and so no x at t + dt.")
+    if method in ("sdi", "ism"):
+        notes.append("Its inversion of the render amplifies the rounding to 8 bits.")
     if method in ESTIMATOR_METHODS and run.step != step:
         notes.append(
             f"The estimator has the weights after {run.step} steps: those of step {step} are not "
@@ -146,7 +148,7 @@ def _notes(run: Run, step: int, score: ScoreGradient) -> list[str]:
         )
     return notes
 
-# %% ../../nbs/70_training/58_step_inspection.ipynb #c2dc5d8d
+# %% ../../nbs/70_training/58_step_inspection.ipynb #eb65949d
 def recorded_renders(run: Run, step: int) -> tuple[int, Float[Tensor, "n 3 h w"]]:
     """The number of steps of the run and the renders, as recorded at a step.
 

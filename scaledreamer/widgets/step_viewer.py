@@ -66,7 +66,7 @@ def step_pictures(step: StepInspection, image: int) -> dict[str, Float[Tensor, "
     colors = gradient_colors(gradient, largest or 1.0)
     return pictures | {f"gradient, 0 to {largest:.2g}": colors}
 
-# %% ../../nbs/81_widgets/45_step_viewer.ipynb #fff4f23c
+# %% ../../nbs/81_widgets/45_step_viewer.ipynb #f1adc9be
 def describe_step(step: StepInspection, image: int) -> dict[str, str]:
     "Texts, camera, timesteps and gradient norm of one image of a step, by name."
     text, cameras = step.texts[image], step.batch.cameras
@@ -74,7 +74,8 @@ def describe_step(step: StepInspection, image: int) -> dict[str, str]:
     second = f", t + dt = {shifted} (dt = {shifted - t})" if "x_shifted" in step.pictures else ""
     low, high = step.window
     azimuth, elevation = cameras.azimuth.flatten()[image], cameras.elevation.flatten()[image]
-    norms = step.gradient_norm
+    norms, logged = step.gradient_norm, step.logged.get("gradient_norm", float("nan"))
+    means = f"mean of the {len(norms)} images {norms.mean():.3g}, in the log {logged:.3g}"
     rows = {"prompt": step.prompts[image], "text": blended(text.positive)}
     rows |= {f"negative, {weight:+.2f}": blended(blend) for weight, blend in text.negatives}
     rows["unconditional text"] = text.unconditional or "(empty)"
@@ -83,7 +84,7 @@ def describe_step(step: StepInspection, image: int) -> dict[str, str]:
     return rows | {
         "camera": f"azimuth {azimuth:.0f}°, elevation {elevation:.0f}°",
         "timesteps": f"t = {t}{second}; t from {low} to {high} in this step",
-        "gradient norm": f"{norms[image]:.3g}; mean of the {len(norms)} images {norms.mean():.3g}",
+        "gradient norm": f"{norms[image]:.3g}; {means}",
         "method": " ".join(step.notes),
     }
 
