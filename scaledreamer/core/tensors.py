@@ -95,9 +95,11 @@ class _OwnStream(TorchDispatchMode):  # of the current thread
         self.seed = seed
         self.streams: dict[torch.device, torch.Generator] = {}
 
-    def stream(self, args: tuple, kwargs: dict[str, Any]) -> torch.Generator:
+    def stream(self, args: tuple, kwargs: dict[str, Any]) -> torch.Generator | None:
         first = args[0] if args and isinstance(args[0], Tensor) else torch.empty(0, device="cpu")
         device = torch.device(kwargs.get("device") or first.device)
+        if device.type == "meta":  # shapes without numbers
+            return None
         if device not in self.streams:
             self.streams[device] = torch.Generator(device).manual_seed(self.seed)
         return self.streams[device]
