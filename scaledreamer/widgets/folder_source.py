@@ -31,7 +31,7 @@ from ..core.memory import process_memory
 from .run_files import LogTail, ReloadedFile
 from .run_pictures import Picture, PictureStore, learnt_image
 from .scene_pictures import encode_png
-from .run_source import RunState, gigabytes, read_results, run_files
+from .run_source import RunState, gigabytes, read_results, report_files
 
 # %% ../../nbs/81_widgets/52_folder_source.ipynb #d17bb098
 class CheckpointPictures:
@@ -207,7 +207,7 @@ class RunReader:
             prompts=prompts,
             pictures=self._pictures.store.get(view),
             results=files.results.read(),
-            files=run_files(self.folder),
+            files=report_files(self.folder),
         )
         state = replace(state, message=state.message or self._pictures.message)
         if owner is not None:

@@ -1,0 +1,174 @@
+// Lines over the steps of a run, with a band, a cursor and a selected step, as SVG.
+
+const SVG = "http://www.w3.org/2000/svg";
+const EDGE = { left: 46, right: 6, top: 8, bottom: 20 }; // pixels
+const HEIGHT = 150;
+
+const draw = (name, attributes, text) => {
+  const element = document.createElementNS(SVG, name);
+  Object.entries(attributes).forEach(([key, value]) => element.setAttribute(key, value));
+  if (text !== undefined) element.textContent = text;
+  return element;
+};
+
+const short = (value) => {
+  if (!Number.isFinite(value)) return "–";
+  const size = Math.abs(value);
+  return size && (size < 0.001 || size >= 1e5) ? value.toExponential(1) :
+    String(Number(value.toPrecision(3)));
+};
+
+function niceStep(span, count) { // 1, 2 or 5 times a power of ten
+  const raw = span / count, power = 10 ** Math.floor(Math.log10(raw));
+  return power * [1, 2, 5, 10].find((factor) => factor * power >= raw * (1 - 1e-9));
+}
+
+function linearTicks(low, high, count) {
+  const step = niceStep(high - low || Math.abs(high) || 1, count);
+  const first = Math.floor(low / step + 1e-9), last = Math.ceil(high / step - 1e-9);
+  return Array.from({ length: Math.max(last - first, 1) + 1 }, (_, i) => (first + i) * step);
+}
+
+function logTicks(low, high) { // of 1, 2, 5 times powers of ten, the fewest that enclose the data
+  const all = [];
+  for (let power = Math.floor(Math.log10(low)); power <= Math.ceil(Math.log10(high)); power++) {
+    [1, 2, 5].forEach((factor) => all.push(Number(`${factor}e${power}`)));
+  }
+  const first = all.findLastIndex((tick) => tick <= low * 1.0001);
+  const last = all.findIndex((tick) => tick >= high * 0.9999);
+  const ticks = all.slice(first, Math.max(last, first + 1) + 1);
+  const every = Math.ceil((ticks.length - 1) / 5);
+  return { ends: [ticks[0], ticks.at(-1)], ticks: ticks.filter((_, i) => i % every === 0) };
+}
+
+class Chart { // `lines`: [{ name, label, color, low, high }], names of columns of the data
+  constructor(title, lines, log) {
+    Object.assign(this, { title, lines, log, data: { step: [] }, steps: 1 });
+    this.figure = document.createElement("figure");
+    this.figure.className = "chart";
+    this.caption = this.figure.appendChild(document.createElement("figcaption"));
+    this.svg = this.figure.appendChild(draw("svg", { role: "img" }));
+  }
+
+  update(data, steps) { // columns by name, of which `step`, and the number of steps of the run
+    Object.assign(this, { data, steps: Math.max(steps, 1) });
+    this.scale();
+    this.paint();
+  }
+
+  columns(line) {
+    return [line.name, line.low, line.high].filter(Boolean).map((name) => this.data[name] ?? []);
+  }
+
+  scale() {
+    let [low, high] = [Infinity, -Infinity];
+    for (const column of this.lines.flatMap((line) => this.columns(line))) {
+      for (const value of column) {
+        if (!Number.isFinite(value) || (this.log && value <= 0)) continue;
+        [low, high] = [Math.min(low, value), Math.max(high, value)];
+      }
+    }
+    if (low > high) [low, high] = this.log ? [0.1, 1] : [0, 1];
+    if (this.log) {
+      ({ ends: [this.low, this.high], ticks: this.ticks } = logTicks(low, high));
+    } else {
+      this.ticks = linearTicks(Math.min(low, 0), high, 4);
+      [this.low, this.high] = [this.ticks[0], this.ticks.at(-1)];
+    }
+  }
+
+  x(step) {
+    return EDGE.left + (this.width - EDGE.left - EDGE.right) * (step / this.steps);
+  }
+
+  y(value) {
+    const level = this.log ? Math.log : (number) => number;
+    const bounded = this.log ? Math.max(value, this.low) : value;
+    const part = (level(bounded) - level(this.low)) / (level(this.high) - level(this.low));
+    return HEIGHT - EDGE.bottom - (HEIGHT - EDGE.top - EDGE.bottom) * part;
+  }
+
+  paint() {
+    this.width = this.svg.clientWidth || 300;
+    const parts = [...this.axes(), ...this.lines.flatMap((line) => this.line(line))];
+    this.marks = ["selected", "cursor"].map((name) => draw("line", { class: name,
+      y1: EDGE.top, y2: HEIGHT - EDGE.bottom, stroke: "currentColor", visibility: "hidden",
+      "stroke-dasharray": name === "cursor" ? "2 3" : "none", opacity: 0.75 }));
+    this.svg.replaceChildren(...parts, ...this.marks);
+    this.mark(0, this.selected);
+    this.point(this.index);
+  }
+
+  axes() {
+    const right = this.width - EDGE.right, bottom = HEIGHT - EDGE.bottom, parts = [];
+    for (const tick of this.ticks) {
+      const y = this.y(tick);
+      parts.push(draw("line", { x1: EDGE.left, x2: right, y1: y, y2: y, stroke: "var(--line)" }));
+      parts.push(draw("text", { x: EDGE.left - 6, y: y + 4, "text-anchor": "end" }, short(tick)));
+    }
+    const steps = linearTicks(0, this.steps, this.width < 260 ? 2 : 4);
+    for (const step of steps.filter((value) => value <= this.steps)) {
+      parts.push(draw("text", { x: this.x(step), y: bottom + 15,
+        "text-anchor": step ? "middle" : "start" }, step.toLocaleString("en")));
+    }
+    return parts;
+  }
+
+  path(column) {
+    let pen = "M";
+    return column.reduce((path, value, i) => {
+      if (!Number.isFinite(value) || (this.log && value <= 0)) {
+        pen = "M";
+        return path;
+      }
+      const place = `${this.x(this.data.step[i]).toFixed(1)} ${this.y(value).toFixed(1)}`;
+      const next = `${path}${pen}${place}`;
+      pen = "L";
+      return next;
+    }, "");
+  }
+
+  line(line) {
+    const [middle, low, high] = this.columns(line).map((column) => Array.from(column));
+    const parts = [];
+    if (low && low.some(Number.isFinite)) {
+      const known = low.map((_, i) => i).filter((i) => Number.isFinite(low[i]));
+      const place = (column) => (i) => `${this.x(this.data.step[i]).toFixed(1)} ` +
+        this.y(column[i]).toFixed(1);
+      const outline = [...known.map(place(low)), ...known.reverse().map(place(high))];
+      parts.push(draw("path", { d: `M${outline.join("L")}Z`, fill: line.color, opacity: 0.2 }));
+    }
+    const stroke = { fill: "none", stroke: line.color, "stroke-width": 1.6,
+      "stroke-linejoin": "round" };
+    if (middle.length === 1) {
+      const place = { cx: this.x(this.data.step[0]), cy: this.y(middle[0]), r: 2.5 };
+      parts.push(draw("circle", { ...place, fill: line.color }));
+    }
+    return [...parts, draw("path", { d: this.path(middle), ...stroke })];
+  }
+
+  mark(which, step) { // 0: the selected step, 1: the cursor
+    const shown = step !== undefined && step >= 0;
+    if (!which) this.selected = step;
+    this.marks[which].setAttribute("visibility", shown ? "visible" : "hidden");
+    if (!shown) return;
+    ["x1", "x2"].forEach((name) => this.marks[which].setAttribute(name, this.x(step)));
+  }
+
+  point(index) { // put the cursor on a point, and its values into the caption; undefined: the last
+    this.index = index;
+    this.mark(1, index === undefined ? -1 : this.data.step[index]);
+    const at = index ?? this.data.step.length - 1;
+    const spans = this.lines.map((line) => {
+      const [value, low, high] = this.columns(line).map((column) => column[at]);
+      const band = Number.isFinite(low) ? ` (${short(low)} to ${short(high)})` : "";
+      const span = document.createElement("span");
+      span.style.color = line.color;
+      span.textContent = `${line.label} ${short(value)}${band}`;
+      return span;
+    });
+    this.caption.replaceChildren(...(this.title ? [this.title] : []), ...spans);
+    const text = [this.title, ...spans.map((span) => span.textContent)].join(" ");
+    this.svg.setAttribute("aria-label", `${text} at step ${this.data.step[at] ?? 0}`);
+  }
+}
