@@ -9,9 +9,9 @@ __all__ = ['SceneSource', 'GivenScene', 'frozen_copy', 'GeneratorCopy', 'RunScen
 import copy
 import time
 from concurrent.futures import Future
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import nn
@@ -26,27 +26,13 @@ from ..training.run import Run
 from ..training.trainer import open_run
 
 # %% ../../nbs/81_widgets/36_scene_source.ipynb #04691ad9
-class SceneSource(Protocol):
-    "Scenes of texts, of one prompt each."
-
-    settings: RenderSettings
-    device: str
-    step: int  # of the weights; -1: none
-    live: bool  # `refresh` may give newer weights
-    amortised: bool  # scenes depend on the text
-    prompts: Sequence[str]  # of the training; may be empty
-
-    def refresh(self) -> None: ...  # called before a picture
-
-    def embed(self, text: str) -> TextEmbedding: ...
-
-    def scene(self, text: TextEmbedding | None) -> Scene | DensityScene: ...
-
-
 class GivenScene:
     "One scene of one prompt, the same for every text."
 
-    step, live, amortised, prompts = -1, False, False, ()
+    step = -1  # of its weights; -1: there is none
+    live = False  # whether `refresh` may give newer weights
+    amortised = False  # whether scenes depend on the text
+    prompts = ()  # of the training
 
     def __init__(
         self,
@@ -144,9 +130,13 @@ class RunScenes(GeneratorCopy):
 
     @torch.no_grad()
     def scene(self, text: TextEmbedding) -> Scene | DensityScene:
+        "The scene of a text; `refresh` comes first."
         return self.generator(text)
 
 # %% ../../nbs/81_widgets/36_scene_source.ipynb #548c8872
+SceneSource = GivenScene | RunScenes
+
+
 def scene_source(
     shown: Run | TrainingJob | str | Path | Scene | DensityScene,
     settings: RenderSettings | None = None,  # of a scene; a run has its own

@@ -117,8 +117,9 @@ class PaintedCanvas(SceneCanvas):
 class SceneRenderer(PaintedCanvas):
     "A canvas that is painted in a thread of its own whenever its state changes."
 
+    thread: threading.Thread | None = None
+
     def __init__(self, source: SceneSource, rest: float = 0.15, **options):
-        "Further options are those of `PaintedCanvas`; `rest` is in seconds."
         super().__init__(source, message="The first picture is being rendered.", **options)
         self.rest, self.changed, self.started, self.closed = rest, threading.Event(), False, False
         self.observe(lambda _: self.changed.set(), self.watched)
@@ -156,7 +157,8 @@ class SceneRenderer(PaintedCanvas):
 
     def close(self) -> None:
         self.closed = True
-        self.changed.set()  # ends the thread
+        if self.thread:
+            self.changed.set()  # it ends
         super().close()
 
 # %% ../../nbs/81_widgets/42_scene_viewer.ipynb #a4a3836d
