@@ -6,6 +6,7 @@
 __all__ = ['WORLDS', 'POINT_METHODS', 'PAPER_GUIDANCE', 'point_method', 'point_settings', 'PointExperiment', 'PointRecording']
 
 # %% ../../nbs/81_widgets/33_point_experiment.ipynb #4b499725
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -78,6 +79,11 @@ class PointExperiment:
         for name, value in self.guidance.items():
             check_range(f"guidance of {name}", value, Interval(-1e4, 1e4))
         check_ranges(self, count=Interval(2, 5000))
+
+    @property
+    def frame_count(self) -> int:
+        "Frames of the whole recording."
+        return math.ceil(self.settings.steps / self.settings.stride)
 
 # %% ../../nbs/81_widgets/33_point_experiment.ipynb #b080f027
 class PointRecording(Lockstep):
