@@ -157,7 +157,7 @@ def test_the_names_that_matter_are_there_and_are_what_they_seem():
 import scaledreamer as sd
 for name in sd.__all__:
     assert name in dir(sd) and callable(getattr(sd, name)), name
-from scaledreamer.training.trainer import run_training
+from scaledreamer.widgets.jobs import train
 assert sd.train is train and 20 <= len(sd.__all__) <= 40
 try: sd.nothing
 except AttributeError as error: assert "no attribute 'nothing'" in str(error)
