@@ -13,7 +13,6 @@ import threading
 import weakref
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import ipywidgets as widgets
 from IPython.display import DisplayHandle
@@ -177,24 +176,30 @@ class Dashboard(ControlledView):
         self.refresh()
         self.wake()
 
-    def bundle(self) -> dict[str, Any]:
-        "The output of a cell: the widget, a picture and a line of text."
-        words = run_facts(self.state)["step"]
-        data = {"text/plain": f"{self.panel.head['name']}: {self.state.status}, step {words}"}
-        picture = figure_png(dashboard_figure(self.state))
-        return (
-            super()._repr_mimebundle_() | data | {"image/png": base64.b64encode(picture).decode()}
+    def outputs(self) -> tuple[dict[str, str], dict[str, str]]:
+        "The widget with a picture, and the picture alone, which is hidden where the widget lives."
+        text = (
+            f"{self.panel.head['name']}: {self.state.status}, step {run_facts(self.state)['step']}"
         )
+        png = base64.b64encode(figure_png(dashboard_figure(self.state))).decode()
+        image = f'<img alt="{html.escape(text)}" src="data:image/png;base64,{png}">'
+        data = {"text/plain": text, "image/png": png}
+        return super()._repr_mimebundle_() | data, {
+            "text/html": f'<div class="{self.panel.twin}">{image}</div>'
+        }
 
     def _ipython_display_(self) -> None:
-        self._handles.append(DisplayHandle())
-        self._handles[-1].display(self.bundle(), raw=True)
+        for output in self.outputs():
+            self._handles.append(DisplayHandle())
+            self._handles[-1].display(output, raw=True)
         self.wake()
 
     def ended(self) -> None:
         "Draw the pictures of all outputs again."
-        for handle in self._handles:
-            handle.update(self.bundle(), raw=True)
+        if self._handles:
+            for i, output in enumerate(self.outputs()):
+                for handle in self._handles[i::2]:
+                    handle.update(output, raw=True)
 
 # %% ../../nbs/81_widgets/55_dashboard.ipynb #62b9900e
 def watch(folder: str | Path, make_generator: MakeGenerator | None = None) -> Dashboard:

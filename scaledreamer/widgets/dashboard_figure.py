@@ -73,6 +73,8 @@ def _plot(axis: "Axes", points: np.ndarray, names: dict[str, str], title: str, l
             band = table[f"{name}_low"], table[f"{name}_high"]
             axis.fill_between(table["step"], *band, color=color, alpha=0.18, linewidth=0)
     axis.set(xlabel="step", title=title)
+    if not points.size:
+        return axis.set(xticks=[], yticks=[])
     if log and np.nanmax(points[1:6], initial=0) > 0:
         axis.set_yscale("log")
     if len(names) > 1:
@@ -93,6 +95,7 @@ def _pictures(axis: "Axes", state: RunState, most: int) -> None:
     height = max(len(column) for column in columns)
     blank = lambda column: np.full((height - len(column), *column.shape[1:]), 255, np.uint8)
     axis.imshow(np.concatenate([np.concatenate([c, blank(c)]) for c in columns], 1))
+    axis.set_anchor("W")
     steps = sorted({state.pictures[row].step for row in shown})
     span = f"step {steps[0]:,}" if len(steps) == 1 else f"steps {steps[0]:,} to {steps[-1]:,}"
     axis.set_title(

@@ -98,11 +98,13 @@ class DashboardPanel(anywidget.AnyWidget):
     captions = traitlets.List().tag(sync=True)  # text and step of each tile; -1: no picture
     learnt = traitlets.List().tag(sync=True)  # PNG, or empty
     truths = traitlets.List().tag(sync=True)
+    twin = traitlets.Unicode().tag(sync=True)  # CSS class of the picture for pages without kernel
     page = traitlets.Int(0).tag(sync=True)  # of the gallery
     selected = traitlets.Int(-1).tag(sync=True)  # the step that is inspected; -1: none
 
     def __init__(self) -> None:
         super().__init__()
+        self.twin = f"scaledreamer-{self.model_id}"
         self._true: dict[str, bytes | None] = {}  # of the page
 
     def show(self, state: RunState, notice: str = "") -> bool:

@@ -131,6 +131,7 @@ class JobSource:
         status, row = job.status, self._picture_due()
         request_picture(job, shared, row, self._texts[row] if row is not None else "")
         now, most = process_memory()
+        active = status in ("training", "stopping")
         settled = row is None and shared.pending is None or bool(shared.message)
         return RunState(
             job.folder,
@@ -139,8 +140,8 @@ class JobSource:
             job.settings,
             job.step,
             job.steps,
-            job.rate,
-            job.eta,
+            job.rate if active else None,
+            job.eta if active else None,
             gigabytes(now),
             gigabytes(most),
             job.rows[:],

@@ -19,8 +19,9 @@ const setText = (element, text) => { // what is unchanged is not touched
 const CHARTS = () => [
   new Chart("", [{ name: "gradient_norm", label: "gradient norm", color: "var(--one)",
     low: "gradient_norm_low", high: "gradient_norm_high" }], true),
-  new Chart("noise error", [{ name: "error_t", label: "at t", color: "var(--one)" },
-    { name: "error_t_shifted", label: "at t + dt", color: "var(--two)" }], true),
+  new Chart("", [
+    { name: "error_t", label: "noise error at t", color: "var(--one)", width: 2.6 }, // both may coincide
+    { name: "error_t_shifted", label: "at t + dt", color: "var(--two)", width: 1 }], true),
   new Chart("", [{ name: "opacity", label: "opacity", color: "var(--one)" }], false),
 ];
 
@@ -29,6 +30,8 @@ class DashboardView {
     Object.assign(this, { model, urls: [], shown: [] });
     this.root = make("div", { className: "scaledreamer-dashboard" });
     this.root.setAttribute("data-lm-suppress-shortcuts", "true"); // JupyterLab's own arrow keys
+    // the fixed picture of the same output is for pages without a kernel
+    this.root.append(make("style", {}, `.${model.get("twin")} { display: none }`));
     this.root.append(...this.top(), ...this.middle(), ...this.bottom());
     element.append(this.root);
     const calls = { head: this.head, curves: this.curves, selected: this.select,
@@ -196,8 +199,9 @@ class DashboardView {
   }
 
   tile({ text, step, truth }, learnt, true_) {
-    const image = (png, alt) => (png?.byteLength ? make("img", { alt, title: alt,
-      src: URL.createObjectURL(new Blob([png], { type: "image/png" })) }) : make("i"));
+    const url = (png) => URL.createObjectURL(new Blob([png], { type: "image/png" }));
+    const image = (png, alt) => (png?.byteLength ? make("img", { alt, title: alt, src: url(png) }) :
+      make("i"));
     const pair = make("div", { className: truth ? "pair" : "pair one" }, image(learnt, `${text}, as learnt`));
     if (truth) pair.append(image(true_, `${text}, the truth`));
     const when = step < 0 ? "no picture yet" : `step ${step.toLocaleString("en")}`;

@@ -15,7 +15,7 @@ const short = (value) => {
   if (!Number.isFinite(value)) return "–";
   const size = Math.abs(value);
   return size && (size < 0.001 || size >= 1e5) ? value.toExponential(1) :
-    String(Number(value.toPrecision(3)));
+    String(Number(value.toPrecision(size < 0.1 ? 2 : 3)));
 };
 
 function niceStep(span, count) { // 1, 2 or 5 times a power of ten
@@ -51,7 +51,9 @@ class Chart { // `lines`: [{ name, label, color, low, high }], names of columns 
   }
 
   update(data, steps) { // columns by name, of which `step`, and the number of steps of the run
-    Object.assign(this, { data, steps: Math.max(steps, 1) });
+    const last = Math.max(data.step.at(-1) ?? 0, 10), power = 10 ** Math.floor(Math.log10(last));
+    const end = [1, 2, 5, 10].map((factor) => factor * power).find((value) => value >= last);
+    Object.assign(this, { data, steps: Math.max(Math.min(steps || end, end), 1) });
     this.scale();
     this.paint();
   }
@@ -106,10 +108,11 @@ class Chart { // `lines`: [{ name, label, color, low, high }], names of columns 
       parts.push(draw("line", { x1: EDGE.left, x2: right, y1: y, y2: y, stroke: "var(--line)" }));
       parts.push(draw("text", { x: EDGE.left - 6, y: y + 4, "text-anchor": "end" }, short(tick)));
     }
-    const steps = linearTicks(0, this.steps, this.width < 260 ? 2 : 4);
+    const steps = linearTicks(0, this.steps, this.width < 330 ? 2 : 4);
     for (const step of steps.filter((value) => value <= this.steps)) {
       parts.push(draw("text", { x: this.x(step), y: bottom + 15,
-        "text-anchor": step ? "middle" : "start" }, step.toLocaleString("en")));
+        "text-anchor": !step ? "start" : this.x(step) > right - 24 ? "end" : "middle" },
+      step.toLocaleString("en")));
     }
     return parts;
   }
@@ -138,7 +141,7 @@ class Chart { // `lines`: [{ name, label, color, low, high }], names of columns 
       const outline = [...known.map(place(low)), ...known.reverse().map(place(high))];
       parts.push(draw("path", { d: `M${outline.join("L")}Z`, fill: line.color, opacity: 0.2 }));
     }
-    const stroke = { fill: "none", stroke: line.color, "stroke-width": 1.6,
+    const stroke = { fill: "none", stroke: line.color, "stroke-width": line.width ?? 1.6,
       "stroke-linejoin": "round" };
     if (middle.length === 1) {
       const place = { cx: this.x(this.data.step[0]), cy: this.y(middle[0]), r: 2.5 };
