@@ -6,13 +6,18 @@
 __all__ = ['NotebookJob', 'train']
 
 # %% ../../nbs/81_widgets/60_jobs.ipynb #dd134a0d
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from ..core.files import shown_path
+from ..core.interrupts import in_notebook
 from ..core.settings import UsageError
 from ..training.job import TrainingJob, live_job
 from ..training.train_settings import MakeGenerator, TrainSettings
+
+if TYPE_CHECKING:  # widgets are slow to import: they are loaded when a job is displayed
+    from scaledreamer.widgets.dashboard import Dashboard
 
 # %% ../../nbs/81_widgets/60_jobs.ipynb #0db34070
 class NotebookJob(TrainingJob):
@@ -23,8 +28,18 @@ class NotebookJob(TrainingJob):
         text = f"training in {shown_path(self.folder)}: {self.status}, {at}"
         return f"{text}; {self.message}" if self.message else text
 
-    def _repr_mimebundle_(self, **options: Any) -> dict[str, Any] | tuple:
-        return {"text/plain": repr(self)}
+    @cached_property
+    def dashboard(self) -> "Dashboard":
+        from scaledreamer.widgets.dashboard import Dashboard
+        from scaledreamer.widgets.run_source import JobSource
+
+        return Dashboard(JobSource(self))
+
+    def _ipython_display_(self) -> None:
+        if in_notebook():
+            self.dashboard._ipython_display_()
+        else:
+            print(self)
 
 # %% ../../nbs/81_widgets/60_jobs.ipynb #e4a779d1
 def train(
