@@ -5,7 +5,7 @@ const STYLE = `
 .scaledreamer-meshes { color: inherit; font: 14px/1.4 var(--jp-ui-font-family, system-ui) }
 .scaledreamer-meshes .panels { display: grid; gap: 8px; border-radius: 4px;
   grid-template-columns: repeat(auto-fit, minmax(min(100%, 200px), 1fr)) }
-.scaledreamer-meshes .panels:focus-visible { outline: 2px solid #0072b2; outline-offset: 2px }
+.scaledreamer-meshes .panels:focus-visible { outline: 2px solid #0072b2; outline-offset: -2px }
 .scaledreamer-meshes figure { margin: 0; min-width: 0 }
 .scaledreamer-meshes canvas { display: block; width: 100%; aspect-ratio: 1; cursor: grab;
   touch-action: pan-y; border-radius: 4px; background: color-mix(in srgb, currentColor 15%,
