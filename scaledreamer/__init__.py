@@ -33,6 +33,7 @@ _PUBLIC = {
     "eval.clip": ("ClipScorer",),
     "view.mesh": ("extract_mesh", "save_mesh"),
     "view.turntable": ("turntable_frames",),
+    "widgets.dashboard": ("watch",),
     "widgets.jobs": ("train",),
 }
 _MODULES = {name: module for module, names in _PUBLIC.items() for name in names}
