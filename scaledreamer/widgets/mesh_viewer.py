@@ -16,6 +16,7 @@ import trimesh
 from PIL import Image
 
 from ..core.settings import UsageError
+from ..training.job_controls import JobControls
 from ..training.run import Run
 from ..view.mesh_packing import pack_meshes, unpack_mesh
 from ..view.mesh_page import scene_meshes, viewer_code, viewer_state
@@ -86,11 +87,15 @@ def viewer_picture(viewer: MeshViewer, size: int = 256) -> Image.Image:
 
 # %% ../../nbs/81_widgets/40_mesh_viewer.ipynb #672f0e00
 def show_mesh(
-    run: Run,
+    run: Run | JobControls,  # or a job that trains, between two of its steps
     text: str,  # a prompt of the run, or another text
     resolution: int = 64,  # cells per side of the cube, 2 to 4096
     mode: str = "color",  # color, normal, depth or opacity
 ) -> MeshViewer:
     "The mesh of a text to turn, beside the truth. Raises `RunError` for a scene without surface."
-    device = run.settings.device
-    return MeshViewer(scene_meshes(run.scene([text]), text, resolution, device), mode)
+
+    def meshes(run: Run) -> dict[str, trimesh.Trimesh]:
+        return scene_meshes(run.scene([text]), text, resolution, run.settings.device)
+
+    of_job = isinstance(run, JobControls)
+    return MeshViewer(run.submit(meshes).result() if of_job else meshes(run), mode)
