@@ -247,11 +247,11 @@ def test_errors_are_sentences_in_the_viewer(mixture, tmp_path):
         viewer.wait()
         assert viewer.failed and "is no run folder" in viewer.message
     job = TrainingJob(tmp_path / "bad", replace(SMALL, prior="mixture", prompt=("no such thing",)))
-    with pytest.raises(UsageError):
+    with pytest.raises(UsageError) as refused:
         job.wait(60, show=False)
     viewer = StepViewer(job)
     viewer.wait()
-    assert viewer.failed and "did not start" in viewer.message
+    assert viewer.failed and viewer.message == str(refused.value)
 
 
 # ---------------------------------------------------------------- in the browser

@@ -6,7 +6,7 @@
 __all__ = ['gradient_colors', 'step_pictures', 'describe_step', 'step_figure', 'open_near', 'StepSource', 'StepState',
            'LatestCall', 'StepViewer']
 
-# %% ../../nbs/81_widgets/45_step_viewer.ipynb #0f5cd989
+# %% ../../nbs/81_widgets/45_step_viewer.ipynb #67e6c883
 import io
 import re
 import threading
@@ -26,7 +26,7 @@ from torch import Tensor
 
 from ..core.figures import figure_style, to_pixels
 from ..training.checkpoints import checkpoint_steps
-from ..training.job import ENDED, TrainingJob
+from ..training.job import TrainingJob
 from ..training.run import Run
 from ..training.step_inspection import StepInspection, blended, inspect_step
 from ..training.step_renders import RENDERS_FILE
@@ -234,7 +234,7 @@ class LatestCall:
         "Whether all calls ended within `timeout` seconds."
         return self._idle.wait(timeout)
 
-# %% ../../nbs/81_widgets/45_step_viewer.ipynb #d8fb37e3
+# %% ../../nbs/81_widgets/45_step_viewer.ipynb #c213aea7
 class StepViewer(StepState):
     """Choose a logged step of a run, and an image of its batch, and see what the method saw.
 
@@ -268,8 +268,10 @@ class StepViewer(StepState):
     def _update(self) -> None:
         "Compute the recorded step nearest to the chosen one, and show one of its images."
         self.steps = steps = self.source.steps()
-        if not steps and self.source.job and self.source.job.status not in ENDED:
-            return self.say("no step is recorded yet")
+        job = self.source.job
+        if job and not steps:
+            failed = job.status == "failed"
+            return self.say(job.message if failed else "no step is recorded yet", failed)
         wanted = max(steps, default=0) if self.step < 0 else self.step
         self.step = step = min(steps or [wanted], key=lambda other: abs(other - wanted))
         if not self.source.knows(step):

@@ -14,15 +14,15 @@ const STYLE = `
   background: var(--jp-layout-color1, Canvas); border: 1px solid #888; border-radius: 3px }
 .scaledreamer-step select { max-width: 20em }
 .scaledreamer-step .pictures { display: grid; gap: 8px; transition: opacity 0.2s;
-  grid-template-columns: repeat(auto-fit, minmax(min(100%, 120px), 1fr)) }
+  grid-template-columns: repeat(auto-fit, minmax(min(100%, 100px), 1fr)) }
 .scaledreamer-step .pictures.old { opacity: 0.4 }
 .scaledreamer-step figure { margin: 0; min-width: 0; max-width: 260px }
 .scaledreamer-step img { display: block; width: 100%; image-rendering: pixelated;
   border-radius: 3px }
 .scaledreamer-step figcaption { padding: 2px 0; font-size: 12px }
-.scaledreamer-step dl { display: grid; grid-template-columns: max-content 1fr; gap: 2px 12px;
+.scaledreamer-step dl { display: grid; grid-template-columns: auto 1fr; gap: 2px 12px;
   margin: 8px 0 }
-.scaledreamer-step dt { opacity: 0.75 }
+.scaledreamer-step dt { opacity: 0.75; white-space: nowrap; font-weight: inherit }
 .scaledreamer-step dd { margin: 0; overflow-wrap: anywhere }
 .scaledreamer-step .message { min-height: 1.4em; opacity: 0.75 }
 .scaledreamer-step .message.failed { color: var(--jp-error-color1, #b3261e); opacity: 1 }`;
@@ -33,6 +33,7 @@ const REFRESH = 3000; // milliseconds between two looks for new steps of a run t
 function make(tag, properties = {}, ...children) {
   const element = Object.assign(document.createElement(tag), properties);
   element.append(...children);
+  element.setAttribute("data-lm-suppress-shortcuts", "true"); // JupyterLab's own arrow keys
   return element;
 }
 
@@ -45,7 +46,6 @@ class StepView {
   constructor(model, element) {
     Object.assign(this, { model, urls: [], drawn: null, frame: 0 });
     this.root = make("div", { className: "scaledreamer-step" }, make("style", {}, STYLE));
-    this.root.setAttribute("data-lm-suppress-shortcuts", "true"); // JupyterLab's own arrow keys
     this.pictures = make("div", { className: "pictures" });
     this.details = make("dl");
     this.message = make("div", { className: "message" });
