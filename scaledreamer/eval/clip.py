@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from ..core.lazy_modules import LazyModule
 from ..core.settings import RunError, UsageError
+from ..core.tensors import seeded
 
 open_clip = LazyModule("open_clip")  # takes seconds to import
 
@@ -151,7 +152,8 @@ def load_clip(source: str | Path | None = None, device: str | torch.device = "cp
         raise RunError(f"CLIP model {folder}: {complaint}; {remedy}")
     arguments = _arguments(str(source)) if named else {"model_name": f"local-dir:{folder}"}
     try:
-        model = open_clip.create_model(**arguments, require_pretrained=True)
+        with seeded(0):  # it draws weights before it loads them
+            model = open_clip.create_model(**arguments, require_pretrained=True)
         tokenizer = open_clip.get_tokenizer(arguments["model_name"])
     except Exception as error:
         whole = "is it whole, and are its weights of the architecture in open_clip_config.json?"
