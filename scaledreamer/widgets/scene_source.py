@@ -99,6 +99,8 @@ class GeneratorCopy:
             self.copying = self.between_steps(frozen_copy)
         if self.copying is not None and (first or self.copying.done()):
             arrived, self.copying = self.copying, None
+            if error := arrived.exception():
+                raise getattr(self.source, "error", None) or error
             self.step, self.generator = arrived.result()
             self.taken = time.monotonic()
 

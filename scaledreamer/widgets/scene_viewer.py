@@ -110,14 +110,12 @@ class PaintedCanvas(SceneCanvas):
         if pictures is not None:
             if size == self.size:
                 self.pace = (time.perf_counter() - start) / size**2
-            self.shown = view, self.step, size
             self.show(pictures)
+            self.shown = view, self.step, size
 
 # %% ../../nbs/81_widgets/42_scene_viewer.ipynb #bbb45623
 class SceneRenderer(PaintedCanvas):
     "A canvas that is painted in a thread of its own whenever its state changes."
-
-    thread: threading.Thread | None = None
 
     def __init__(self, source: SceneSource, rest: float = 0.15, **options):
         super().__init__(source, message="The first picture is being rendered.", **options)
@@ -157,7 +155,7 @@ class SceneRenderer(PaintedCanvas):
 
     def close(self) -> None:
         self.closed = True
-        if self.thread:
+        if hasattr(self, "thread"):
             self.changed.set()  # it ends
         super().close()
 

@@ -3,13 +3,12 @@
 
 const STYLE = `
 .scaledreamer-scene { color: inherit; font: 14px/1.4 var(--jp-ui-font-family, system-ui) }
-.scaledreamer-scene .pictures { display: grid; gap: 8px; max-width: 960px; border-radius: 4px;
-  grid-template-columns: repeat(auto-fit, minmax(min(100%, 160px), 300px)) }
+.scaledreamer-scene .pictures { display: grid; gap: 8px; width: fit-content; border-radius: 4px;
+  grid-template-columns: repeat(var(--count, 1), minmax(0, 300px)) }
 .scaledreamer-scene .pictures:focus-visible { outline: 2px solid #0072b2; outline-offset: 2px }
 .scaledreamer-scene figure { margin: 0; min-width: 0 }
 .scaledreamer-scene canvas { display: block; width: 100%; aspect-ratio: 1; cursor: grab;
-  touch-action: pan-y; border-radius: 4px; background: color-mix(in srgb, currentColor 15%,
-  transparent) }
+  touch-action: pan-y; border-radius: 4px }
 .scaledreamer-scene figcaption { text-align: center; padding: 2px }
 .scaledreamer-scene .controls { display: flex; flex-wrap: wrap; gap: 4px 16px;
   align-items: center; margin: 4px 0; max-width: 960px }
@@ -38,6 +37,7 @@ const PATIENCE = 5000; // milliseconds after which an answer is no longer waited
 function make(tag, properties = {}, ...children) {
   const element = Object.assign(document.createElement(tag), properties);
   element.append(...children);
+  element.setAttribute("data-lm-suppress-shortcuts", "true"); // JupyterLab's own arrow keys
   return element;
 }
 
@@ -62,7 +62,6 @@ class SceneView {
   constructor(model, element) {
     Object.assign(this, { model, drawn: 0, times: [], requests: new Requests(model) });
     this.root = make("div", { className: "scaledreamer-scene" }, make("style", {}, STYLE));
-    this.root.setAttribute("data-lm-suppress-shortcuts", "true"); // JupyterLab's own arrow keys
     this.root.view = this;
     this.stage = make("div", { className: "pictures", tabIndex: 0, title: HINT });
     this.stage.setAttribute("role", "group");
@@ -122,9 +121,8 @@ class SceneView {
     const show = () => { [field.value, field.placeholder] = [this.model.get(name), ""]; };
     field.onfocus = () => { [field.placeholder, field.value] = [field.value, ""]; }; // offers all
     field.onblur = show;
-    field.onchange = () => {
-      if (field.value.trim()) this.set({ [name]: field.value.trim() });
-    };
+    field.onchange = () => { if (field.value.trim()) this.set({ [name]: field.value.trim() }); };
+    field.onkeydown = ({ key }) => { if (key === "Enter") field.onchange(); };
     const label = this.controls.appendChild(make("label", {}, `${title} `, field, list));
     return { name, field, list, label, show };
   }
@@ -232,6 +230,7 @@ class SceneView {
     });
     this.stage.replaceChildren(...titles.map((title, i) =>
       make("figure", {}, this.canvases[i], make("figcaption", {}, title))));
+    this.stage.style.setProperty("--count", titles.length);
     this.stage.setAttribute("aria-label", `${titles.join(", ")}: ${HINT}`);
   }
 
