@@ -16,6 +16,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from ..core.files import shown_path
 from ..core.settings import RunError, UsageError, shorten
+from ..core.tensors import seeded
 from .execution import PriorSettings
 from .lora import add_lora
 from .pipeline_fit import check_fit, few_steps, model_names
@@ -79,6 +80,7 @@ def _open_file(file: Path, name: str) -> OpenedPipeline:
     )
 
 # %% ../../nbs/30_prior/82_open_pipeline.ipynb #58495c1d
+@seeded(0)  # libraries draw weights before they load them
 def open_pipeline(given: str | Path, settings: PriorSettings = PriorSettings()) -> OpenedPipeline:
     """The parts of a pipeline, from a folder, a single file, a hub id or a hub address.
     Raises `UsageError` for models that cannot be used, `RunError` for what cannot be read."""

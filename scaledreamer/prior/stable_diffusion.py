@@ -17,7 +17,6 @@ from torch import Tensor
 from ..camera.view_words import VIEW_TOKENS
 from ..core.files import shown_path
 from ..core.settings import UsageError
-from ..core.tensors import seeded
 from .base import Rows, TextEmbedding
 from .clip_text import TextCache
 from .execution import PriorSettings, apply_execution
@@ -102,8 +101,7 @@ class StableDiffusionPrior(PipelineParts):
     ) -> Self:
         "Raises `UsageError` for other models, `RunError` for damaged files; warns of students."
         dtype = settings.dtype_on(device)  # before any file is read
-        with seeded(0):  # libraries draw weights before they load them
-            opened, name = open_pipeline(path_or_id, settings), shown_path(path_or_id)
+        opened, name = open_pipeline(path_or_id, settings), shown_path(path_or_id)
         _report_student(name, opened.few_steps)
         try:
             text = TextCache(opened.tokenizer, opened.encoder, strict)
