@@ -108,8 +108,7 @@ class Chart { // `lines`: [{ name, label, color, low, high }], names of columns 
       parts.push(draw("line", { x1: EDGE.left, x2: right, y1: y, y2: y, stroke: "var(--line)" }));
       parts.push(draw("text", { x: EDGE.left - 6, y: y + 4, "text-anchor": "end" }, short(tick)));
     }
-    const steps = linearTicks(0, this.steps, this.width < 330 ? 2 : 4);
-    for (const step of steps.filter((value) => value <= this.steps)) {
+    for (const step of [0, this.steps / 2, this.steps].filter(Number.isInteger)) {
       parts.push(draw("text", { x: this.x(step), y: bottom + 15,
         "text-anchor": !step ? "start" : this.x(step) > right - 24 ? "end" : "middle" },
       step.toLocaleString("en")));
