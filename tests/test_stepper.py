@@ -283,7 +283,7 @@ def test_settings_of_the_stepper_in_a_lab(lab, browser, tmp_path):
     with lab.notebook(browser, tmp_path, [CELL]) as page:
         assert check_step(page) == 0
         page.locator("label:has-text('csd') input").first.uncheck()
-        wait_for_figure(page, "d.length === 13 - 3 + 0")
+        wait_for_figure(page, "d.length === 13")
         number = page.locator(".widget-text:has-text('eta') input")
         number.fill("2")
         number.press("Enter")

@@ -90,15 +90,17 @@ class FrameView(FrameFigure):
         Returns how many steps later it is. Shows nothing once `stop()`."""
         frames, index, on = self.run.frames, self.index, 0
         here = frames[index].step
-        while index < last and (on < steps or not on) and not stop():
-            index += 1
-            with self.stepping:
-                if index >= len(frames):
-                    record(self.run, stop=stop)
-            on = frames[index].step - here if index < len(frames) else 0
-        with self.drawing:
-            if not stop():
-                self.show(index)
+        try:
+            while index < last and (on < steps or not on) and not stop():
+                index += 1
+                with self.stepping:
+                    if index >= len(frames):
+                        record(self.run, stop=stop)
+                on = frames[index].step - here if index < len(frames) else 0
+        finally:  # an error leaves the last frame before it
+            with self.drawing:
+                if not stop():
+                    self.show(min(index, len(frames) - 1))
         return on
 
 # %% ../../nbs/81_widgets/34_player.ipynb #e2ceb8be
@@ -150,11 +152,11 @@ class Player(FrameControls):
     "A recording that plays in a thread of its own while `play` is set."
 
     interval = 0.1  # seconds between pictures, about
+    pause = threading.Event()  # of the thread that plays, one for each
 
     def __init__(self, *args: Any, **options: Any) -> None:
         "Arguments of `FrameControls`."
         super().__init__(*args, **options)
-        self.pause = threading.Event()  # of the thread that plays
         self.play.observe(self._toggled, "value")
 
     @property
@@ -165,12 +167,13 @@ class Player(FrameControls):
     def _toggled(self, change: dict) -> None:
         name = "pause" if change["new"] else "play"
         self.play.description, self.play.icon = name, name
-        self.pause.set()
         if change["new"]:
             self.start()
+        else:
+            self.pause.set()
 
     def start(self) -> None:
-        "Play in a new thread, once the one before has been told to pause."
+        "Play in a new thread; the one before has paused."
         self.pause = threading.Event()
         self.thread = threading.Thread(target=self._play, args=(self.pause,), daemon=True)
         self.thread.start()
