@@ -13,13 +13,13 @@ from dataclasses import replace
 
 import pytest
 import torch
+from browser import cells as cells_of
 
 import scaledreamer as sd
 from scaledreamer.core.settings import RunError, UsageError, to_json
 from scaledreamer.distill.distill_settings import DistillSettings
-from scaledreamer.rendering.volume import render_views
 from scaledreamer.training.checkpoints import checkpoint_steps
-from scaledreamer.training.job import TrainingJob, live_job
+from scaledreamer.training.job import live_job
 from scaledreamer.training.run_logs import read_rows
 from scaledreamer.training.trainer import open_run, run_training
 from scaledreamer.widgets.jobs import train
@@ -158,7 +158,7 @@ def test_await_and_waiting_no_longer_than_is_said(tmp_path):
 
     async def cells():
         ticks = 0
-        waiting = asyncio.ensure_future(job._await() if hasattr(job, "_await") else awaited(job))
+        waiting = asyncio.ensure_future(awaited(job))
         while not waiting.done():
             ticks += 1
             await asyncio.sleep(0.01)
@@ -264,3 +264,71 @@ def test_the_end_of_a_script_saves_its_jobs_with_a_line_each(tmp_path):
     )
     done = script("job.wait(show=False)", CAR, tmp_path / "done")
     assert done.communicate(timeout=60) == ("", "")  # it had ended
+
+
+BUSY = "import time\nprint('works', flush=True)\ntime.sleep(600)"
+FIRST = (
+    "import torch\nimport scaledreamer as sd\nfrom scaledreamer.training import run_logs\n"
+    "from scaledreamer import train\nassert train is sd.train\n"
+    "sd.curves([0, 1], {'ours': [1, 2]})"
+)
+THEIRS = "import matplotlib.pyplot as plt\nplt.plot([1, 2])\nNone"
+STARTS = (
+    "from scaledreamer.core.settings import from_json\n"
+    "settings = from_json(sd.TrainSettings, {settings!r})\n"
+    "job = sd.train('car', settings)\njob"
+)
+
+
+def output(page, index: int) -> str:
+    "The outputs of a cell, as JSON."
+    return json.dumps(cells_of(page)[index]["outputs"])
+
+
+def start(page, index: int) -> None:
+    "Run a cell without waiting for it."
+    page.evaluate(
+        "i => { const lab = window.jupyterapp;"
+        " lab.shell.currentWidget.content.activeCellIndex = i;"
+        " lab.commands.execute('notebook:run-cell'); }",
+        index,
+    )
+
+
+def shows(page, index: int, text: str) -> None:
+    until(lambda: page.wait_for_timeout(100) or text in output(page, index))
+
+
+def test_a_notebook_trains_is_interrupted_and_goes_on(browser, lab, tmp_path):
+    starts = STARTS.format(settings=to_json(LONG))
+    waits = ("job.wait(show=False).step", "run = await job\nrun.step", "job.status")
+    cells = [FIRST, THEIRS, starts, *waits, BUSY]
+    with lab.notebook(browser, tmp_path, cells, run=False) as page:
+        page.evaluate("() => window.jupyterapp.shell.currentWidget.sessionContext.ready")
+        for index in (0, 1):
+            start(page, index)
+            shows(page, index, "image/png")  # our figure, and then the reader's own
+        for waiting in (3, 4):
+            start(page, 2)
+            shows(page, 2, "widget-view")  # the dashboard
+            start(page, 5)
+            shows(page, 5, "ing'")  # starting or training
+            start(page, waiting)
+            page.wait_for_timeout(1500)
+            page.evaluate("() => window.jupyterapp.commands.execute('notebook:interrupt-kernel')")
+            shows(page, waiting, "stopped at step ")
+            start(page, 5)
+            shows(page, 5, "stopped")
+            assert '"error"' not in output(page, waiting) + output(page, 2)
+            page.screenshot(path=tmp_path / f"interrupted_{waiting}.png")
+        steps = checkpoint_steps(lab.home / "car/checkpoints")
+        assert len(steps) == 2
+        start(page, 2)  # goes on; then another cell is interrupted, which the job does not notice
+        start(page, 6)
+        shows(page, 6, "works")
+        page.evaluate("() => window.jupyterapp.commands.execute('notebook:interrupt-kernel')")
+        shows(page, 6, "KeyboardInterrupt")
+        start(page, 5)
+        shows(page, 5, "training")
+        page.evaluate("() => window.jupyterapp.shell.currentWidget.sessionContext.shutdown()")
+        until(lambda: len(checkpoint_steps(lab.home / "car/checkpoints")) == 3)
