@@ -38,8 +38,10 @@ def train_and_remember(folder, settings):
     true, query_prior = {}, training.query_prior
 
     def remember(run, batch, latents, step, rng):
-        true[step] = run.renders.flatten(0, 1), latents.detach(), query_prior(
-            run, batch, latents, step, rng
+        true[step] = (
+            run.renders.flatten(0, 1),
+            latents.detach(),
+            query_prior(run, batch, latents, step, rng),
         )
         return true[step][2]
 
@@ -63,7 +65,7 @@ CASES = [(method, "tiny-sd") for method in METHODS] + [("asd", "mixture"), ("sdi
 @pytest.mark.parametrize("method, prior", CASES)
 def test_a_step_is_recomputed_as_the_training_computed_it(tmp_path, method, prior):
     """To the bit from the true render; from its 8 bits, which are rounded by at most 1/510, within
-    5 % of the guided prediction. The inversion of SDI amplifies the rounding in an exact mixture."""
+    5 % of the guided prediction, apart from SDI, whose inversion amplifies it in a mixture."""
     steps = 1 if method in ("vsd", "esd") else 3  # their estimator is kept in checkpoints only
     checkpoints = {"checkpoint_every": 1} if steps == 1 else {}
     settings = replace(SMALL, method=method, prior=prior, steps=steps, log_every=1, **checkpoints)

@@ -54,13 +54,19 @@ class StepView {
     element.append(this.root);
     this.soon = this.soon.bind(this);
     SHOWN.forEach((name) => model.on(`change:${name}`, this.soon));
-    this.timer = setInterval(() => this.ask(), REFRESH);
+    this.answered = this.answered.bind(this);
+    model.on("msg:custom", this.answered);
     this.ask();
     this.draw();
   }
 
-  ask() { // whether there are new steps
-    if (this.root.isConnected && !document.hidden) this.model.send({ refresh: true });
+  ask() { // whether there are new steps, while the log may grow
+    this.model.send({ refresh: true });
+  }
+
+  answered(message) { // a busy kernel answers late, and gets no second question before
+    clearTimeout(this.timer);
+    if (message.more) this.timer = setTimeout(() => this.ask(), REFRESH);
   }
 
   controls() {
@@ -146,7 +152,8 @@ class StepView {
   }
 
   close() {
-    clearInterval(this.timer);
+    clearTimeout(this.timer);
+    this.model.off("msg:custom", this.answered);
     cancelAnimationFrame(this.frame);
     SHOWN.forEach((name) => this.model.off(`change:${name}`, this.soon));
     this.urls.forEach((url) => URL.revokeObjectURL(url));
