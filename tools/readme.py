@@ -18,6 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 NBS = ROOT / "nbs"
 INDEX, MAP, README = NBS / "index.ipynb", NBS / "map.ipynb", ROOT / "README.md"
 SETTINGS, SERVER = ROOT / "settings.ini", ROOT / "requirements-server.txt"
+FRONTS = ("start.ipynb", "tour.ipynb", "gallery.ipynb", "numbers.ipynb")
 ROOMS = re.compile(r"(<!-- rooms: [^>]*-->\n).*?(<!-- end of rooms -->)", re.DOTALL)
 LINK = re.compile(r"""(\]\(|\b(?:src|href)=")(?![a-z]+:|#|/)([^)"\s]+)""")
 
@@ -46,7 +47,7 @@ def row(path: Path) -> str:
 def table() -> str:
     guides = sorted(NBS.glob("guides/*.ipynb"))
     numbered = sorted(NBS.glob("[0-9][0-9]_*/[0-9][0-9]_*.ipynb"))
-    fronts = [NBS / name for name in ("tour.ipynb", "numbers.ipynb")]
+    fronts = [NBS / name for name in FRONTS]
     rows = [row(path) for path in (*fronts, *guides, *numbered)]
     return "\n".join(["| module | notebook | what it does |", "|---|---|---|", *rows])
 
