@@ -200,6 +200,7 @@ class MeshView {
     this.meshes.forEach((mesh) => painter().forget(mesh));
     painter().viewers.delete(this);
     clearTimeout(this.rest);
+    cancelAnimationFrame(this.frame);
     [this.sizes, this.waits].forEach((observer) => observer.disconnect());
   }
 }
