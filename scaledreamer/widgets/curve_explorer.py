@@ -203,16 +203,15 @@ class CurveExplorer(SavedCurves):
         folder: str | Path = ".",  # where files are saved
         **options,
     ) -> None:
-        given = shipped_pairs() if pairs is None else pairs
-        super().__init__(given, shift_schedules, eta, t_min, **options)
+        pairs = shipped_pairs() if pairs is None else pairs
+        super().__init__(pairs, shift_schedules, eta, t_min, **options)
         self.folder = Path(folder)
         self.measuring = MeasurementPane((priors or {}) | shipped_priors(), self.add_pair)
         self.saving = SavePane(self.save)
         panes = widgets.Accordion([self.measuring, self.saving])
         panes.titles = ("measure new curves", "save figure and data")
         self.children = (*self.children, panes)
-        if own_shift:
-            own = {"own function": own_schedule(own_shift)}
+        if own := own_shift and {"own function": own_schedule(own_shift)}:
             self._add(self.shift_schedule, self.shift_schedules, own)
         if images is not None:
             panes.selected_index = 0

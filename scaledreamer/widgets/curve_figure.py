@@ -147,7 +147,7 @@ def figure_layout(curves: Lines, shown: Shown, titles: Sequence[str]) -> dict:
             for i, text in enumerate(words, 3)
         ],
         "yaxis": {"range": np.log10(curves.span).tolist()},
-        "xaxis2": {"range": [-0.5, 2 * float(middles[-1] - middles[0]) + 1]},
+        "xaxis2": {"range": [-0.5, float(middles[-1] + middles[0]) + 0.5]},
         "yaxis2": {"range": [0, 1.05 * float(counts.max())]},
     }
 

@@ -154,9 +154,14 @@ class MeasurementForm(widgets.VBox):
         self.images = widgets.Dropdown(options=kinds, description="images", **wide)
         self.folder = widgets.Text(placeholder="a folder", description="folder", **wide)
         self.prompts = widgets.Textarea(
-            "a red car\na green mug", rows=4, description="prompts, a line each", **wide
+            "a red car\na green mug",
+            rows=4,
+            placeholder="a line each",
+            description="prompts",
+            **wide,
         )
-        self.each = whole(4, 1, 64, "images per prompt")
+        self.each = whole(4, 1, 64, "per prompt")
+        self.each.tooltip = "images of each prompt"
         self.count = whole(40, 2, 200, "timesteps")
         self.steps = whole(100, 0, 10_000, "LoRA steps")
         self.steps.tooltip = "steps of fine-tuning on the images; 0: the prior's curve alone"
