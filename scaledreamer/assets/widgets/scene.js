@@ -5,7 +5,7 @@ const STYLE = `
 .scaledreamer-scene { color: inherit; font: 14px/1.4 var(--jp-ui-font-family, system-ui) }
 .scaledreamer-scene .pictures { display: grid; gap: 8px; width: fit-content; border-radius: 4px;
   grid-template-columns: repeat(var(--count, 1), minmax(0, 300px)) }
-.scaledreamer-scene .pictures:focus-visible { outline: 2px solid #0072b2; outline-offset: 2px }
+.scaledreamer-scene .pictures:focus-visible { outline: 2px solid #0072b2; outline-offset: -2px }
 .scaledreamer-scene figure { margin: 0; min-width: 0 }
 .scaledreamer-scene canvas { display: block; width: 100%; aspect-ratio: 1; cursor: grab;
   touch-action: pan-y; border-radius: 4px }
