@@ -225,7 +225,8 @@ def test_a_job_that_fails_says_so(tmp_path, show):
     def refuse(width):
         raise UsageError("no generator for this width")
 
-    job = TrainingJob(tmp_path / "run", TINY, make_generator=refuse)
+    own = replace(TINY, generator="own")
+    job = TrainingJob(tmp_path / "run", own, make_generator=refuse)
     viewer = show(SceneViewer, job)
     until(lambda: viewer.message == "no generator for this width", viewer)
 
