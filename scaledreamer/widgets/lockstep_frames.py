@@ -142,7 +142,7 @@ def _subplots(names: Sequence[str], columns: int, rows: int) -> go.Figure:
 def _add_panel(figure: go.Figure, data: list[dict], i: int, span: float, **place) -> None:
     "Points and arrows of method i, on a square."
     quiet = {"hoverinfo": "skip", "showlegend": False}
-    marker = {"size": 2, "color": _color(i)}
+    marker = {"size": 3, "color": _color(i)}
     line = {"color": INK, "width": 1}
     figure.add_trace(go.Scattergl(data[2 * i], mode="markers", marker=marker, **quiet), **place)
     figure.add_trace(go.Scattergl(data[2 * i + 1], mode="lines", line=line, **quiet), **place)
