@@ -1,5 +1,4 @@
-"""The curve explorer and the stepper: the kernel's time for a slider move, and the notebooks in a
-real JupyterLab in headless Chromium. Screenshots are in pytest's folder, whose path a failure
+"""The curve explorer: the kernel's time for a slider move, and its notebooks in a real JupyterLab in headless Chromium. Screenshots are in pytest's folder, whose path a failure
 prints."""
 
 import json
@@ -11,11 +10,10 @@ import pytest
 import torch
 from browser import watched
 
-from scaledreamer.core.settings import RunError, UsageError
+from scaledreamer.core.settings import UsageError
 from scaledreamer.noise_error.error import ErrorCurve
 from scaledreamer.distill.shift import deterministic_shift, random_shift
-from scaledreamer.toy.lockstep import Frame
-from scaledreamer.widgets import curve_explorer, curve_exploration, lockstep_frames, stepper
+from scaledreamer.widgets import curve_explorer, curve_exploration
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = {
@@ -121,63 +119,6 @@ def test_another_prior_with_other_texts_and_times(pair):
     assert list(explorer.figure.data[1].x) == late.timesteps.tolist()
     explorer.prior.value = "one"
     assert (explorer.t0.min, explorer.t0.max, explorer.shown.t0) == (20, 990, 400)
-
-
-class RandomParticles:
-    "2,000 random particles of four methods."
-
-    methods = dict.fromkeys(("sds", "csd", "vsd", "asd"))
-
-    def __init__(self, refuse: int = 10**9):
-        self.frames, self.refuse = [], refuse
-
-    def step(self):
-        if len(self.frames) >= self.refuse:
-            raise RunError("no further")
-        points, gradients = (
-            {name: torch.randn(2000, 2) for name in self.methods} for _ in range(2)
-        )
-        norms = {name: float(g.norm(dim=1).mean()) for name, g in gradients.items()}
-        self.frames.append(
-            Frame(len(self.frames), torch.full((2000,), 500), points, gradients, norms)
-        )
-
-
-def far(x):
-    return -x.square().sum(1)
-
-
-def test_a_frame_takes_the_kernel_less_than_50_ms():
-    "Four methods of 2,000 particles; the median, because the machine may be busy."
-    run = RandomParticles()
-    view = stepper.Stepper(run, far)
-    took = []
-    for _ in range(20):
-        run.step()
-    for index in range(1, 21):
-        start = time.perf_counter()
-        view.scrub.max = len(run.frames) - 1
-        view.scrub.value = index
-        took.append(time.perf_counter() - start)
-        assert view.index == index
-    assert statistics.median(took) < 0.05, took
-
-
-def test_play_ends_where_the_run_does():
-    view = stepper.Stepper(RandomParticles(refuse=4), far, interval=0.0)
-    view.play.value = True
-    view.thread.join(30)
-    assert (view.play.value, view.index, view.label.value) == (False, 3, "stopped: no further")
-
-
-def test_a_second_play_does_not_wait_for_the_first():
-    view = stepper.Stepper(RandomParticles(), far, interval=5.0)
-    for playing in (True, False, True, False):
-        view.play.value = playing
-    view.thread.join(30)
-    before = view.index
-    time.sleep(0.2)
-    assert view.index == before and not view.play.value
 
 
 @pytest.mark.parametrize(
@@ -291,36 +232,9 @@ def test_the_explorer_in_a_lab(lab, browser, tmp_path):
         )
 
 
-def test_the_stepper_in_a_lab(lab, browser, tmp_path):
-    with lab.notebook(browser, tmp_path, NOTEBOOKS["35_stepper"]) as page:
-        assert label(page).startswith("step 2,")  # it has taken one step before it was shown
-        wait_for_figure(page, "d[9].x[0] === 2")
-        play, step = (
-            page.locator(f"button.jupyter-button:has-text('{name}')") for name in ("play", "step")
-        )
-        step.click()
-        wait_for_figure(page, "d[9].x[0] === 4")
-        play.click()
-        wait_for_figure(page, "d[6].x.length >= 12")
-        play.click()  # received while it plays
-        page.wait_for_timeout(1000)
-        still = label(page)
-        page.wait_for_timeout(1000)
-        assert label(page) == still, "it plays on"
-        wait_for_figure(page, f"d[9].x[0] === {still.split()[1].strip(',')}")
-        page.screenshot(path=tmp_path / "paused.png")
-        focus_slider(page, 0)
-        answer(page, (["ArrowLeft"] * 5 + ["ArrowRight"] * 5) * 2)
-        assert label(page) == still
-
-
 def test_pages_need_no_kernel_and_no_network(browser, tmp_path, pair):
-    run = RandomParticles()
-    for _ in range(4):
-        run.step()
     curve_explorer.save_curve_page(tmp_path / "curve.html", pair, every=10)
-    lockstep_frames.save_lockstep_page(tmp_path / "steps.html", run.frames, far)
-    for name, trace, before, after in (("curve", 5, 20, 990), ("steps", 12, 0, 3)):
+    for name, trace, before in (("curve", 5, 20),):
         with watched(browser, tmp_path) as page:
             asked = []
             page.on("request", lambda request, asked=asked: asked.append(request.url))
@@ -334,8 +248,5 @@ def test_pages_need_no_kernel_and_no_network(browser, tmp_path, pair):
             page.wait_for_function(f"{first} > {before}")
             page.wait_for_timeout(300)
             page.screenshot(path=tmp_path / f"{name}-end.png")
-            if name == "steps":
-                page.locator(".updatemenu-button:has-text('play')").click()
-                page.wait_for_function(f"{first} === {after}")
             assert not page.errors, page.errors
             assert all(url.startswith(("file:", "data:", "blob:")) for url in asked), asked

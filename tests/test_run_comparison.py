@@ -1,4 +1,4 @@
-"""Two real runs compared: right differences, damage, other corpora, unfinished runs, small output."""
+"""Real runs compared: right differences, damage, other corpora, unfinished runs, small output."""
 
 import json
 import shutil
