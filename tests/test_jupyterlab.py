@@ -1,5 +1,5 @@
-"""The curve explorer: the kernel's time for a slider move, and its notebooks in a real JupyterLab in headless Chromium. Screenshots are in pytest's folder, whose path a failure
-prints."""
+"""The curve explorer: the kernel's time for a slider move, and its notebooks in a real JupyterLab
+in headless Chromium. Screenshots are in pytest's folder, whose path a failure prints."""
 
 import json
 import statistics
