@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 # %% ../../nbs/15_kernels/20_triton_code.ipynb #27e0b16b
-tl: Any = SimpleNamespace(constexpr="constexpr")
+tl: Any = SimpleNamespace(constexpr=type("constexpr", (), {}))  # an annotation
 
 # what means the same in torch
 _SAME = {
