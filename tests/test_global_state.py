@@ -9,7 +9,7 @@ from scaledreamer.training.train_settings import TrainSettings
 
 SNAPSHOT = """
 import os, random, signal, sys, threading, warnings
-import matplotlib, numpy, torch
+import diffusers, matplotlib, numpy, torch, transformers
 
 def snapshot():
     rc = {k: v for k, v in dict.items(matplotlib.rcParams) if k != "backend"}
@@ -29,6 +29,10 @@ def snapshot():
         "warnings": [str(entry) for entry in warnings.filters],
         "environment": dict(os.environ),
         "signals": {n: signal.getsignal(n) for n in signal.valid_signals()},
+        "verbosity": [
+            (logs.get_verbosity(), logs.is_progress_bar_enabled())
+            for logs in (diffusers.utils.logging, transformers.utils.logging)
+        ],
         "folder": os.getcwd(),
         "switch": sys.getswitchinterval(),
         "recursion": sys.getrecursionlimit(),

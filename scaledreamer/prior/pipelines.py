@@ -10,6 +10,7 @@ import json
 import logging
 import re
 import tempfile
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,9 +27,18 @@ from diffusers import (
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 # %% ../../nbs/30_prior/60_pipelines.ipynb #1c6fa321
+_QUIET = threading.RLock()  # verbosity is that of all threads
+
+
 @contextmanager
 def quiet() -> Iterator[None]:
-    "No progress bars and no reports from diffusers, transformers and their hub."
+    """No progress bars and no reports from diffusers, transformers and their hub. One thread at a
+    time is inside, so that each restores what it found."""
+    with _QUIET:
+        yield from _without_reports()
+
+
+def _without_reports() -> Iterator[None]:
     logs = diffusers.utils.logging, transformers.utils.logging
     hub = logging.getLogger("huggingface_hub")
     before = [(log.get_verbosity(), log.is_progress_bar_enabled()) for log in logs]
