@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['REPOSITORY', 'RECORD', 'notebook_source', 'notebook_files', 'kernel_metadata', 'copied_notebook', 'digest',
-           'read_record', 'name_beside', 'place', 'copy_notebooks']
+           'recorded_digests', 'name_beside', 'place', 'copy_notebooks']
 
 # %% ../../nbs/90_commands/44_notebook_copies.ipynb #0efac9c7
 import hashlib
@@ -75,7 +75,7 @@ def digest(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
-def read_record(folder: Path) -> dict[str, str]:
+def recorded_digests(folder: Path) -> dict[str, str]:
     "Digests by path as they were copied; empty if there is no record, or one that cannot be read."
     try:
         return dict(read_json(folder / RECORD)["digests"])
@@ -112,7 +112,7 @@ def copy_notebooks(
     source: Path, folder: Path, version: str
 ) -> list[tuple[str, Path]]:  # path, and the file that was written
     "Copy what is new in `source` to `folder`, and record it."
-    recorded, kernel, written = read_record(folder), kernel_metadata(), []
+    recorded, kernel, written = recorded_digests(folder), kernel_metadata(), []
     digests = dict(recorded)
     for path in notebook_files(source):
         content = (source / path).read_bytes()
