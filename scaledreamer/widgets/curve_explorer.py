@@ -6,6 +6,7 @@
 __all__ = ['CurveControls', 'CurvePosition', 'DrawnCurves', 'SavedCurves', 'CurveExplorer']
 
 # %% ../../nbs/81_widgets/25_curve_explorer.ipynb #d7381608
+import textwrap
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -78,7 +79,7 @@ class CurvePosition(CurveControls):
     def __init__(self, *args, **options) -> None:  # `args` of the controls
         super().__init__(*args)
         self.options = options | {"t_min": self.t_min}
-        self.lock, self.computing = threading.RLock(), set()  # pairs of prior and text
+        self.lock, self.computing = threading.RLock(), {}  # words by prior and text
         self.choose()
         self.t0.value = (self.t0.min + self.t0.max) // 2
 
@@ -94,17 +95,19 @@ class CurvePosition(CurveControls):
         if not isinstance(x0, LazyX0) or x0.ready(self.text):
             return True
         if key not in self.computing:
-            self.computing.add(key)
-            threading.Thread(target=self.compute, args=(x0, self.text), daemon=True).start()
+            self.computing[key] = "is computed"
+            threading.Thread(target=self.compute, args=(x0, key), daemon=True).start()
         return False
 
     def view(self) -> tuple[list[dict], dict]:
         "Data and layout of the present position."
         make = self.shift_schedules[self.shift_schedule.value]
         self.shown = explore(self.curves, self.t0.value, self.eta.value, make, **self.options)
-        images = {f"{self.text}\nis computed": None, " ": None, "": None}
         if self.has_pictures:
             images = pictures(self.pair, self.text, self.shown)
+        else:
+            words = self.computing[self.prior.value, self.text]
+            images = {f"{self.text}\n{words}": None, " ": None, "": None}
         layout = figure_layout(self.curves, self.shown, [*images])
         layout["uirevision"] = self.prior.value  # a zoom ends with the curves that it was for
         return figure_data(self.curves, self.shown, [*images.values()]), layout
@@ -116,7 +119,8 @@ class DrawnCurves(CurvePosition):
     def __init__(self, *args, **options) -> None:
         super().__init__(*args, **options)
         alt = "error curves over t, draws of the shift schedule, and pictures of x0"
-        self.figure = LiveFigure(curve_figure(*self.view()), alt=alt)
+        with self.lock:  # pictures come after the figure
+            self.figure = LiveFigure(curve_figure(*self.view()), alt=alt)
         self.label.say(self.shown.sentence)
         self.children = (*self.children, self.figure)
         for control in (self.prior, self.prompts, self.shift_schedule, self.t0, self.eta):
@@ -138,12 +142,12 @@ class DrawnCurves(CurvePosition):
             except (UsageError, RunError, OSError) as error:
                 self.label.say(str(error))
 
-    def compute(self, x0: LazyX0, text: str) -> None:
-        "In a thread: the estimates of a text, then the figure with them."
+    def compute(self, x0: LazyX0, key: tuple[str, str]) -> None:
+        "In a thread: the estimates of a prior's text, then the figure with them."
         try:
-            x0(text, 0)
+            x0(key[1], 0)
         except Exception as error:  # the curves are there without pictures
-            return self.label.say(f"no pictures of {text!r}: {error}")
+            self.computing[key] = f"no picture: {textwrap.shorten(str(error), 60)}"
         self.redraw()
 
 # %% ../../nbs/81_widgets/25_curve_explorer.ipynb #a6d88ce9

@@ -154,11 +154,7 @@ class MeasurementForm(widgets.VBox):
         self.images = widgets.Dropdown(options=kinds, description="images", **wide)
         self.folder = widgets.Text(placeholder="a folder", description="folder", **wide)
         self.prompts = widgets.Textarea(
-            "a red car\na green mug",
-            rows=4,
-            placeholder="a line each",
-            description="prompts",
-            **wide,
+            "a red car\na green mug", rows=4, description="prompts", **wide
         )
         self.each = whole(4, 1, 64, "per prompt")
         self.each.tooltip = "images of each prompt"
