@@ -244,6 +244,7 @@ def test_the_stepper_in_a_lab(lab, browser, tmp_path):
         button("play").click()
         wait_for_figure(page, "d[8].x.length >= 12")  # norms of 12 frames
         button("pause").click()  # received while it plays
+        button("play").wait_for()  # the kernel says so
         still = check_step(page)
         page.wait_for_timeout(800)
         assert check_step(page) == still, "it plays on"
