@@ -20,7 +20,7 @@ from IPython.display import DisplayHandle
 
 from ..training.job import live_job
 from ..training.train_settings import MakeGenerator
-from .dashboard_figure import dashboard_figure, figure_png, run_facts
+from .dashboard_figure import dashboard_figure, static_png, run_facts
 from .dashboard_panel import PAGE, DashboardPanel
 from .folder_source import FolderSource
 from .run_source import JobSource
@@ -185,7 +185,7 @@ class Dashboard(ControlledView):
         text = (
             f"{self.panel.head['name']}: {self.state.status}, step {run_facts(self.state)['step']}"
         )
-        png = base64.b64encode(figure_png(dashboard_figure(self.state))).decode()
+        png = base64.b64encode(static_png(dashboard_figure(self.state))).decode()
         image = f'<img alt="{html.escape(text)}" src="data:image/png;base64,{png}">'
         return super()._repr_mimebundle_() | {"text/plain": text, "image/png": png}, {
             "text/html": f'<div class="{self.panel.twin}">{image}</div>'
