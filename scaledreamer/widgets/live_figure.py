@@ -81,7 +81,7 @@ class LiveFigure(go.FigureWidget):
 def with_picture(bundle: dict, figure: Figure) -> dict:
     "The MIME bundle of a widget with a static figure as PNG, for viewers without a kernel."
     with io.BytesIO() as buffer:
-        figure.savefig(buffer, format="png", dpi=80)
+        figure.savefig(buffer, format="png", dpi=100)
         return bundle | {"image/png": base64.b64encode(buffer.getvalue()).decode()}
 
 # %% ../../nbs/81_widgets/10_live_figure.ipynb #071dc0a8
