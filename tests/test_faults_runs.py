@@ -376,7 +376,7 @@ def test_only_damaged_rows_of_a_log_are_lost(copy, settings, whole):
     log.write_bytes(b"\n".join([lines[0], b'{"step": 0.5', b"\xff", lines[2], b'{"st']))
     rows, line = warned(read_rows, log, "step")
     assert [row["step"] for row in rows] == [0, 2] and "damaged in 2 lines, first in 2" in line
-    _, line = warned(train, copy, settings, resume=True, show=False)
+    _, line = warned(run_training, copy, settings, resume=True, show=False)
     assert "it is now metrics.jsonl.damaged, 2 rows are kept" in line
     assert [row["step"] for row in read_rows(log)] == [0, 2, 3]
 
@@ -392,7 +392,7 @@ def test_damaged_weights_fall_back_to_the_newest_whole_checkpoint(copy, settings
     assert "is damaged (its checksum differs); the checkpoint of step 2 is used" in line
     with pytest.raises(RunError, match="its checksum differs.; put it back from a copy"):
         open_run(copy, step=3)
-    run, _ = warned(train, copy, settings, resume=True, show=False)
+    run, _ = warned(run_training, copy, settings, resume=True, show=False)
     assert torch.equal(weights(run), weights(whole))
     for log in ("metrics.jsonl", "renders.jsonl"):
         assert (copy / log).read_bytes() == (whole.folder / log).read_bytes()
@@ -420,7 +420,7 @@ def test_an_optimiser_of_other_shapes_is_not_resumed(copy, settings, whole):
     shutil.copy(copy / "checkpoints/000003/generator.safetensors", copy / place.format(3))
     os.remove(copy / "checkpoints/000003/state.json")
     (copy / "checkpoints/000003/state.json").write_text('{"step": 3}')  # of an earlier version
-    run, line = warned(train, copy, settings, resume=True, show=False)
+    run, line = warned(run_training, copy, settings, resume=True, show=False)
     assert "is of another optimiser" in line and "the checkpoint of step 2 is used" in line
     assert torch.equal(weights(run), weights(whole))
 
@@ -557,7 +557,7 @@ def test_a_run_is_resumed_with_other_logging_saving_and_device(copy, settings, w
 
 def test_more_steps_go_on_with_the_schedules_of_the_new_length(copy, settings, whole):
     longer = replace(settings, steps=STEPS + 2)
-    run, line = warned(train, copy, longer, resume=True, show=False)
+    run, line = warned(run_training, copy, longer, resume=True, show=False)
     assert run.step == STEPS + 2 and f"goes on with {STEPS + 2} steps, not {STEPS}" in line
     rates = [row["lr"] for row in read_rows(copy / "metrics.jsonl")]
     assert rates[3:] == [settings.optim.lr_at(step, STEPS + 2) for step in range(3, STEPS + 2)]
