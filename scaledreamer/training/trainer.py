@@ -189,8 +189,7 @@ def run_training(
                 if stop() or interrupted():
                     break
             save_run(run)
-            if run.step > first:
-                log_session(run, first, started)
+            log_session(run, first, started)
     return run
 
 # %% ../../nbs/70_training/50_trainer.ipynb #5237d99f
