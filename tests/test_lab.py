@@ -1,5 +1,5 @@
-"""`scaledreamer lab` as installed from a wheel: from the shell to a finished tour in a real JupyterLab
-in headless Chromium. Screenshots are in pytest's folder, whose path a failure prints."""
+"""`scaledreamer lab` as installed from a wheel: from the shell to a finished tour in a real
+JupyterLab in headless Chromium. Screenshots are in pytest's folder, whose path a failure prints."""
 
 import json
 import os
@@ -53,10 +53,7 @@ def started(home: Path, installed: Path) -> Iterator[tuple[subprocess.Popen, str
 
 def open_notebook(page, path: str) -> None:
     "Open a notebook as a click on its name does."
-    page.evaluate(
-        "(path) => window.jupyterapp.commands.execute('docmanager:open', {path})",
-        path,
-    )
+    page.evaluate("(path) => window.jupyterapp.commands.execute('docmanager:open', {path})", path)
     page.wait_for_function(f"(path) => {CURRENT}?.context?.path === path", arg=path)
     page.wait_for_function(CELLS)
     page.evaluate(f"() => {CURRENT}.sessionContext.ready")
