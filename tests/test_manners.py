@@ -1,6 +1,6 @@
-"""What every committed notebook owes its reader: outputs of moderate size, no warnings, alternatives
-in text for pictures, colours that everybody can tell apart, legends beside the data, and a picture or
-a table where a widget would be blank."""
+"""What every committed notebook owes its reader: outputs of moderate size, no warnings, a text for
+each picture, colours that can be told apart, legends beside the data, and a picture or a table
+where a widget would be blank."""
 
 import ast
 import json
