@@ -22,6 +22,7 @@ OWN = {  # options of the commands themselves, not of settings that other module
         *("--eta", "--shift", "--prior", "--text", "--defects", "--description"),
     ),
     "make-prior": ("--out", "--clip-steps"),
+    "lab": ("--folder", "--port", "--browser"),
     "bench": ("[STR]", "--json", "--device", "--quick", "--list"),
     "doctor": (),
 }

@@ -21,7 +21,7 @@ from typing import Any
 from .notebook_copies import copy_notebooks, notebook_source
 from .shared import check_place
 from ..core.files import obstacle
-from ..core.settings import RunError, UsageError
+from ..core.settings import Interval, RunError, UsageError, check_ranges
 
 # %% ../../nbs/90_commands/46_lab.ipynb #03b2e45d
 LAB_PACKAGES = ("jupyterlab", "ipykernel", "ipywidgets", "anywidget", "plotly")
@@ -39,8 +39,6 @@ def check_packages() -> None:
 
 def check_port(port: int) -> None:
     "Raises UsageError for a port on which no server can be started."
-    if not 1 <= port <= 65535:
-        raise UsageError(f"--port is {port}: expected 1 to 65535")
     with socket.socket() as tried:
         tried.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -141,9 +139,12 @@ class Lab:
     """Where the notebooks are copied to. What you change there is never overwritten. In a clone of
     the repository, --folder nbs opens the source itself."""
     port: int | None = None
-    "The port of the server. Without it, the first free one from 8888 on."
+    "The port of the server, from 1 to 65535. Without it, the first free one from 8888 on."
     browser: bool = True
     "Whether a browser is opened; the address is printed either way."
+
+    def __post_init__(self) -> None:
+        check_ranges(self, port=Interval(1, 65535))
 
     def load(self) -> None:
         check_packages()
