@@ -28,13 +28,22 @@ _PUBLIC = {
     "generator.ingp": ("INGP",),
     "rendering.render_settings": ("RenderSettings",),
     "rendering.volume": ("render", "render_views"),
+    "training.step_inspection": ("inspect_step",),
     "training.train_settings": ("TrainSettings",),
     "training.trainer": ("open_run",),
     "eval.clip": ("ClipScorer",),
     "view.mesh": ("extract_mesh", "save_mesh"),
+    "view.mesh_page": ("save_mesh_page",),
+    "view.run_comparison": ("compare_runs",),
     "view.turntable": ("turntable_frames",),
+    "widgets.curve_explorer": ("CurveExplorer",),
     "widgets.dashboard": ("watch",),
     "widgets.jobs": ("train",),
+    "widgets.mesh_viewer": ("show_mesh",),
+    "widgets.scene_viewer": ("SceneViewer",),
+    "widgets.step_viewer": ("StepViewer",),
+    "widgets.stepper": ("Stepper",),
+    "widgets.text_slider": ("TextSlider",),
 }
 _MODULES = {name: module for module, names in _PUBLIC.items() for name in names}
 __all__ = sorted(_MODULES)

@@ -141,7 +141,10 @@ def test_bad_places_are_one_sentence(tmp_path, capsys):
             (["--folder", str(tmp_path / "file")], "is a file, give a path in a folder"),
             (["--folder", "/proc/notebooks"], "nothing can be written to /proc"),
             (["--folder", str(tmp_path / "new"), "--port", port], "cannot be used (in use)"),
-            (["--folder", str(tmp_path / "new"), "--port", "0"], "expected an integer from 1 to 65535"),
+            (
+                ["--folder", str(tmp_path / "new"), "--port", "0"],
+                "expected an integer from 1 to 65535",
+            ),
         ):
             assert run_command(["lab", *options]) == 2
             error = capsys.readouterr().err
