@@ -158,7 +158,7 @@ import scaledreamer as sd
 for name in sd.__all__:
     assert name in dir(sd) and callable(getattr(sd, name)), name
 from scaledreamer.widgets.jobs import train
-assert sd.train is train and 20 <= len(sd.__all__) <= 40
+assert sd.train is train and 20 <= len(sd.__all__) <= 45
 try: sd.nothing
 except AttributeError as error: assert "no attribute 'nothing'" in str(error)
 """

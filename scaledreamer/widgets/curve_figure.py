@@ -14,7 +14,6 @@ from pathlib import Path
 
 import numpy as np
 import plotly.graph_objects as go
-import torch
 from jaxtyping import Float
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure

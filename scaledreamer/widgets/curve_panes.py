@@ -20,7 +20,7 @@ from pathlib import Path
 import ipywidgets as widgets
 import numpy as np
 
-from ..core.files import shown_path, write_atomic
+from ..core.files import shown_path
 from ..core.settings import RunError, UsageError
 from ..noise_error.image_sources import PriorSamples, ToyboxRenders
 from ..noise_error.measure import ImageBatch
