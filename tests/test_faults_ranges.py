@@ -30,6 +30,7 @@ NEEDED = {  # arguments without which a command does nothing
     "toy": ["points", "--out", "none"],
     "make-prior": ["--out", "none"],
     "import-weights": ["none.ckpt", "--out", "none"],
+    "lab": ["--no-browser"],
 }
 ODD = (
     *(
@@ -154,7 +155,8 @@ def reach(line, measure=False):
     stop = mock.Mock(side_effect=Reached)
     train = "training.trainer.locked_folder" if measure else "training.trainer.build"
     with contextlib.ExitStack() as stack:
-        for place in (train, "commands.curve_and_toy.fresh", "commands.make_prior.make_tiny_sd"):
+        begin = ("curve_and_toy.fresh", "make_prior.make_tiny_sd", "lab.prepare")
+        for place in (train, *(f"commands.{name}" for name in begin)):
             stack.enter_context(mock.patch(f"scaledreamer.{place}", stop))
         stack.enter_context(
             mock.patch("scaledreamer.training.memory_estimate.memory_left", lambda _: 8e9)
