@@ -96,6 +96,7 @@ def test_a_run_of_another_process_is_followed_until_it_is_killed(tmp_path):
         shutil.rmtree(folder)
         until(lambda: head()["status"] == "gone")
         assert head()["step"] == saved and "no longer there" in head()["message"]
+        assert not head()["can_inspect"] and "Click a step" not in head()["note"]
 
 
 def test_a_finished_run_is_as_it_was_logged_and_the_thread_ends(finished):

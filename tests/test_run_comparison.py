@@ -103,10 +103,24 @@ def test_unfinished_runs_and_other_corpora_are_compared_as_far_as_they_go(pair):
     edit(pair[1], steps=100)
     found = compare_runs(*pair)
     text = " ".join(found.notes)
-    assert "other: no eval.json: about 6 of 100 steps, not evaluated" in text
+    how = f"not evaluated: run `scaledreamer evaluate {pair[1]}` for metrics"
+    assert f"other: 6 of 100 steps, {how}." in text
     assert "2 (first) and 1 (other) prompts" in text and "6 and 100 steps" in text
     assert run_comparison.metric_differences(found.records)["volume IoU"] == ["0.500", "", ""]
     assert found.prompts == {} and "<h4>a red ball</h4>" in found.pictures()
+
+
+def test_what_is_not_known_takes_no_place(pair):
+    "A finished run of which few steps are logged has all steps; tables without rows are left out."
+    for folder in pair:
+        (folder / "eval.json").unlink()
+        log = folder / "metrics.jsonl"
+        log.write_text(log.read_text().splitlines()[0] + "\n")
+    found = compare_runs(*pair)
+    steps = [note.split(",")[0] for note in found.notes]
+    assert steps == ["first: all 6 steps", "other: all 6 steps"]
+    assert found.table.count("<h4>") == found.table.count("<table>") == 1
+    assert len(repr(found)) < 200
 
 
 def test_damaged_files_are_sentences(pair):

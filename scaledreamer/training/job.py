@@ -37,7 +37,9 @@ def save_now(run: Run, picture: bool) -> str:
             save_picture(run)
     except (RunError, OSError) as error:
         return str(error)
-    return f"step {run.step} is saved" + (", with a validation picture" if picture else "")
+    place = f"{run.step:06d}"
+    where = f" in checkpoints/{place}, with the picture validation/{place}.png"
+    return f"step {run.step} is saved{where if picture else ''}"
 
 
 def between_steps(job: JobControls) -> bool:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ..camera.cameras import Cameras
 from ..camera.poses import orbit
 from ..core.async_metrics import FiniteMonitor
+from ..core.files import shown_path
 from ..core.tensors import best_device
 from ..distill.conditioning import make_conditioning, resolve_view_prompting
 from ..distill.vsd import EstimatorTrainer
@@ -57,6 +58,11 @@ class Run:
         if self.prior is not None:
             texts = [prompt.text for prompt in self.train_prompts]
             self.settings = resolve_settings(self.settings, self.prior, texts)
+
+    def __repr__(self) -> str:
+        settings, step = self.settings, f"step {self.step} of {self.settings.steps}"
+        place = repr(shown_path(self.folder))
+        return f"Run({place}, {step}, {settings.generator} by {settings.method})"
 
     @property
     def train_prompts(self) -> list[Prompt]:

@@ -102,6 +102,10 @@ class StepInspection:
     logged: dict  # the step's row of metrics.jsonl
     notes: list[str]  # sentences on how to read the pictures
 
+    def __repr__(self) -> str:
+        images = f"{len(self.prompts)} images"
+        return f"StepInspection(step {self.step} of {self.steps} by {self.method}, {images})"
+
     @property
     def score(self) -> ScoreGradient:
         "Noise predictions and gradient."

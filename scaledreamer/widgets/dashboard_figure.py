@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Float
 from PIL import Image
 
-from ..core.figures import PALETTE, figure_style
+from ..core.figures import PALETTE, figure_style, log_axis
 from ..core.progress import duration
 from .run_pictures import true_png
 from .run_source import RunState
@@ -66,17 +66,17 @@ def run_facts(state: RunState) -> dict[str, str]:
 # %% ../../nbs/81_widgets/53_dashboard_figure.ipynb #c5afe2c2
 def _plot(axis: "Axes", points: np.ndarray, names: dict[str, str], title: str, log: bool) -> None:
     "Lines of the curves `names` (with their labels) over the steps; without data only the title."
-    table = dict(zip(LOGGED_CURVES, points))
+    table, bands = dict(zip(LOGGED_CURVES, points)), []
     for (name, label), color in zip(names.items(), PALETTE):
         axis.plot(table["step"], table[name], color=color, label=label)
         if f"{name}_low" in table:
-            band = table[f"{name}_low"], table[f"{name}_high"]
-            axis.fill_between(table["step"], *band, color=color, alpha=0.18, linewidth=0)
+            bands.append((table[f"{name}_low"], table[f"{name}_high"]))
+            axis.fill_between(table["step"], *bands[-1], color=color, alpha=0.18, linewidth=0)
     axis.set(xlabel="step", title=title)
     if not points.size:
         return axis.set(xticks=[], yticks=[])
-    if log and np.nanmax(points[1:6], initial=0) > 0:
-        axis.set_yscale("log")
+    if log:
+        log_axis(axis, bands)
     if len(names) > 1:
         axis.legend(loc="lower left", bbox_to_anchor=(0, 0.97), ncols=2, borderpad=0)
 
@@ -99,7 +99,8 @@ def _pictures(axis: "Axes", state: RunState, most: int) -> None:
     steps = sorted({state.pictures[row].step for row in shown})
     span = f"step {steps[0]:,}" if len(steps) == 1 else f"steps {steps[0]:,} to {steps[-1]:,}"
     axis.set_title(
-        f"prompts 1 to {len(shown)} of {len(state.prompts):,} at {span}; below, the truth"
+        f"prompts 1 to {len(shown)} of {len(state.prompts):,} at {span}; below, the truth",
+        loc="left",
     )
 
 # %% ../../nbs/81_widgets/53_dashboard_figure.ipynb #e73deaeb

@@ -9,7 +9,7 @@ __all__ = ['PICTURE_SIZE', 'Picture', 'learnt_image', 'true_png', 'TimeBudget', 
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 
 import torch
@@ -32,7 +32,7 @@ class Picture:
     "A render of a prompt."
 
     step: int  # number of optimiser steps done
-    png: bytes
+    png: bytes = field(repr=False)
 
 
 @torch.no_grad()

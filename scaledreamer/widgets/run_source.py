@@ -38,17 +38,19 @@ class RunState:
     folder: Path
     status: str = "starting"
     message: str = ""  # a sentence about the status
-    settings: TrainSettings | None = None
+    settings: TrainSettings | None = field(default=None, repr=False)
     step: int = 0
     steps: int = 0  # of the whole run
     rate: float | None = None
     eta: float | None = None
     memory: float | None = None  # resident, of the process that trains
     peak: float | None = None
-    rows: Sequence[dict] = ()  # metrics logged so far
-    prompts: Sequence[str] = ()
-    pictures: Mapping[int, Picture] = field(default_factory=dict)  # of the prompts in view
-    results: Mapping[str, Any] = field(default_factory=dict)  # of `eval.json`
+    rows: Sequence[dict] = field(default=(), repr=False)  # metrics logged so far
+    prompts: Sequence[str] = field(default=(), repr=False)
+    pictures: Mapping[int, Picture] = field(
+        default_factory=dict, repr=False
+    )  # of the prompts in view
+    results: Mapping[str, Any] = field(default_factory=dict, repr=False)  # of `eval.json`
     files: Sequence[Path] = ()  # report and meshes, where there are any
     locked: str = ""  # why it cannot be paused or stopped from here; "": it can
     over: bool = False  # nothing will change any more

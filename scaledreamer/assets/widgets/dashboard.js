@@ -21,7 +21,9 @@ const CHARTS = () => [
     low: "gradient_norm_low", high: "gradient_norm_high" }], true),
   new Chart("", [
     { name: "error_t", label: "noise error at t", color: "var(--one)", width: 2.6 }, // both may coincide
-    { name: "error_t_shifted", label: "at t + dt", color: "var(--two)", width: 1 }], true),
+    { name: "error_t_shifted", label: "at t + dt", color: "var(--two)", width: 1 }], true,
+  "Noise at a lower t is harder to predict, so both rise as the timesteps anneal: only the " +
+  "difference of t and t + dt matters."),
   new Chart("", [{ name: "opacity", label: "opacity", color: "var(--one)" }], false),
 ];
 
@@ -169,7 +171,8 @@ class DashboardView {
   }
 
   pick(index) {
-    if (index !== undefined) this.model.send({ action: "step", step: this.data.step[index] });
+    if (index === undefined || !this.model.get("head").can_inspect) return;
+    this.model.send({ action: "step", step: this.data.step[index] });
   }
 
   press(event) {

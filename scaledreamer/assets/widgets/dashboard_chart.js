@@ -29,23 +29,40 @@ function linearTicks(low, high, count) {
   return Array.from({ length: Math.max(last - first, 1) + 1 }, (_, i) => (first + i) * step);
 }
 
-function logTicks(low, high) { // of 1, 2, 5 times powers of ten, the fewest that enclose the data
+function logLimits(lines, bands) { // of columns and pairs of columns: a single outlier of a band
+  const positive = (columns) => columns.flatMap((column) => Array.from(column)) // is left outside
+    .filter((value) => value > 0 && value < Infinity).sort((a, b) => a - b);
+  const middle = positive(lines);
+  if (!middle.length) return [0.1, 1];
+  let [low, high] = [middle[0], middle.at(-1)];
+  const [lows, highs] = [0, 1].map((end) => positive(bands.map((band) => band[end])));
+  if (lows.length && highs.length) {
+    low = Math.min(low, Math.max(low / 100, lows[Math.floor(lows.length / 50)]));
+    high = Math.max(high, Math.min(high * 100, highs.at(-1 - Math.floor(highs.length / 50))));
+  }
+  return [low, high];
+}
+
+function logTicks(low, high) { // 1, 2, 5 times powers of ten that enclose the data, or the powers
   const all = [];
-  for (let power = Math.floor(Math.log10(low)); power <= Math.ceil(Math.log10(high)); power++) {
+  for (let power = Math.floor(Math.log10(low)) - 1; power < Math.log10(high) + 2; power++) {
     [1, 2, 5].forEach((factor) => all.push(Number(`${factor}e${power}`)));
   }
   const first = all.findLastIndex((tick) => tick <= low * 1.0001);
   const last = all.findIndex((tick) => tick >= high * 0.9999);
   const ticks = all.slice(first, Math.max(last, first + 1) + 1);
-  const every = Math.ceil((ticks.length - 1) / 5);
-  return { ends: [ticks[0], ticks.at(-1)], ticks: ticks.filter((_, i) => i % every === 0) };
+  const ends = [ticks[0], ticks.at(-1)];
+  if (ticks.length <= 6) return { ends, ticks };
+  const tens = all.filter((tick, i) => i % 3 === 0 && tick >= ends[0] && tick <= ends[1]);
+  return { ends, ticks: tens.filter((_, i) => i % Math.ceil(tens.length / 6) === 0) };
 }
 
 class Chart { // `lines`: [{ name, label, color, low, high }], names of columns of the data
-  constructor(title, lines, log) {
+  constructor(title, lines, log, hint = "") {
     Object.assign(this, { title, lines, log, data: { step: [] }, steps: 1 });
     this.figure = document.createElement("figure");
     this.figure.className = "chart";
+    this.figure.title = hint;
     this.caption = this.figure.appendChild(document.createElement("figcaption"));
     this.svg = this.figure.appendChild(draw("svg", { role: "img" }));
   }
@@ -63,20 +80,23 @@ class Chart { // `lines`: [{ name, label, color, low, high }], names of columns 
   }
 
   scale() {
+    if (this.log) {
+      const columns = this.lines.map((line) => this.columns(line));
+      const limits = logLimits(columns.map(([line]) => line),
+        columns.filter((three) => three.length > 1).map(([, ...band]) => band));
+      ({ ends: [this.low, this.high], ticks: this.ticks } = logTicks(...limits));
+      return;
+    }
     let [low, high] = [Infinity, -Infinity];
     for (const column of this.lines.flatMap((line) => this.columns(line))) {
       for (const value of column) {
-        if (!Number.isFinite(value) || (this.log && value <= 0)) continue;
+        if (!Number.isFinite(value)) continue;
         [low, high] = [Math.min(low, value), Math.max(high, value)];
       }
     }
-    if (low > high) [low, high] = this.log ? [0.1, 1] : [0, 1];
-    if (this.log) {
-      ({ ends: [this.low, this.high], ticks: this.ticks } = logTicks(low, high));
-    } else {
-      this.ticks = linearTicks(Math.min(low, 0), high, 4);
-      [this.low, this.high] = [this.ticks[0], this.ticks.at(-1)];
-    }
+    if (low > high) [low, high] = [0, 1];
+    this.ticks = linearTicks(Math.min(low, 0), high, 4);
+    [this.low, this.high] = [this.ticks[0], this.ticks.at(-1)];
   }
 
   x(step) {
@@ -85,7 +105,7 @@ class Chart { // `lines`: [{ name, label, color, low, high }], names of columns 
 
   y(value) {
     const level = this.log ? Math.log : (number) => number;
-    const bounded = this.log ? Math.max(value, this.low) : value;
+    const bounded = Math.min(Math.max(value, this.low), this.high);
     const part = (level(bounded) - level(this.low)) / (level(this.high) - level(this.low));
     return HEIGHT - EDGE.bottom - (HEIGHT - EDGE.top - EDGE.bottom) * part;
   }
