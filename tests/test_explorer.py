@@ -57,7 +57,7 @@ def test_draws_stay_in_the_schedule(pair, shift_schedule):
         for eta in (0.0, 0.1, 1.0):
             shown = curve_exploration.explore(curves, t0, eta, shift_schedule)
             assert t0 <= shown.draws.min() and shown.draws.max() <= 999
-            assert shown.bars[1].sum() == len(shown.draws)
+            assert shown.bars[1] @ shown.bars[2] == pytest.approx(len(shown.draws))
             assert eta or (shown.draws == t0).all()
             length = shift_schedule(eta).length(torch.tensor([t0]), 20, 999)
             assert bool(shown.cut) == (int(length) > 999 - t0)
@@ -204,6 +204,15 @@ def test_the_explorer_in_a_lab(lab, browser, tmp_path):
                 break
         print(f"a key is answered in {median:.0f} ms")
         assert median <= 300 and label.inner_text().startswith("t0 = 440:")
+        typed = page.locator(".widget-text input").first
+        typed.fill("5000")
+        typed.press("Enter")
+        page.locator("[role=status]:has-text('t0 is 5000: from 20 to 9')").wait_for()
+        page.screenshot(path=tmp_path / "typed.png")
+        assert int(typed.input_value()) < 1000
+        typed.fill("440")
+        typed.press("Enter")
+        page.locator("[role=status]:has-text('t0 is 5000')").wait_for(state="detached")
         choose(page, 0, "exact mixture, renders")
         wait_for_figures(page, "d[1].name === 'e_PT, exact mixture' && l.shapes[0].y1 === 1")
         choose(page, 1, "own function")

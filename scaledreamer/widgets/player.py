@@ -29,7 +29,8 @@ class FrameFigure(widgets.VBox):
         "Arguments of `load`; `span` is half the side of each panel."
         self.span, self.drawing, self.index = span, threading.RLock(), 0
         self.label, self.table, self.message = widgets.HTML(), widgets.HTML(), widgets.HTML()
-        self.figure = LiveFigure(alt="particles of each method, and gradient norms over the steps")
+        alt = "particles of each method, and gradient norms over the steps"
+        self.figure = LiveFigure(alt=alt, toolbar=False)
         super().__init__([self.label, self.message, self.figure, self.table])
         self.load(run, log_density, **known)
 
@@ -66,7 +67,8 @@ class FrameView(FrameFigure):
     def __init__(self, *args: Any, **options: Any) -> None:
         "Arguments of `FrameFigure`."
         self.stepping = threading.Lock()
-        self.scrub = widgets.IntSlider(description="frame", max=0, layout={"width": "95%"})
+        self.scrub = widgets.IntSlider(max=0, readout=False, layout={"width": "95%"})
+        self.scrub.description, self.scrub.tooltip = "step", "the recorded steps so far"
         super().__init__(*args, **options)
 
     def show(self, index: int) -> None:

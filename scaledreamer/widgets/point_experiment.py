@@ -62,7 +62,7 @@ class PointExperiment:
     world: Literal["ring", "moons", "uneven"] = "ring"
     # of `POINT_METHODS`, at least one
     methods: tuple[str, ...] = ("sds", "csd", "vsd", "asd")
-    # by method, from -10000 to 10000; that of the method's paper where it is not named
+    # by method, from 0 to 10000; that of the method's paper where it is not named
     guidance: Mapping[str, float] = field(default_factory=dict)
     # particles of each method, from 2 to 5000
     count: int = 400
@@ -77,7 +77,7 @@ class PointExperiment:
             known = ", ".join(POINT_METHODS)
             raise UsageError(f"no method {min(strangers)!r}: expected some of {known}")
         for name, value in self.guidance.items():
-            check_range(f"guidance of {name}", value, Interval(-1e4, 1e4))
+            check_range(f"guidance of {name}", value, Interval(0, 1e4))
         check_ranges(self, count=Interval(2, 5000))
 
     @property
