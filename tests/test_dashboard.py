@@ -163,6 +163,10 @@ def test_dashboards_of_two_jobs_and_at_most_four_updates_a_second(tmp_path):
     start = time.monotonic()
     until(lambda: time.monotonic() > start + 2)
     assert 1 <= len(updates) <= 4 * (time.monotonic() - start) + 1
+    boards[0].panel._handle_custom_msg({"action": "snapshot"}, [])
+    until(lambda: "is saved in checkpoints/" in boards[0].panel.head["message"])
+    place = boards[0].panel.head["message"].rpartition(" ")[2]
+    assert (tmp_path / "a" / place).is_file() and place.startswith("validation/")
     boards[0].panel._handle_custom_msg({"action": "stop"}, [])
     until(lambda: boards[0]._thread is None and boards[2]._thread is None)
     assert [board.panel.head["status"] for board in boards] == ["stopped", "training", "stopped"]

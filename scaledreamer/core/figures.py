@@ -143,7 +143,7 @@ def show_images(
     return figure
 
 # %% ../../nbs/10_core/40_figures.ipynb #7f88d79b
-Band = tuple[np.ndarray, np.ndarray]  # low and high, [n] each
+Band = Sequence[np.ndarray]  # low and high, [n] each
 
 
 def log_limits(
@@ -177,9 +177,10 @@ def log_ticks(low: float, high: float) -> tuple[float, float, list[float]]:
 
 
 def log_axis(axis: "Axes", bands: Sequence[Band] = ()) -> None:
-    "Make the y axis logarithmic if any value of its lines, which have these bands, is above 0."
+    "Make the y axis of lines with these bands logarithmic; no ticks without a value above 0."
     limits = log_limits([np.asarray(line.get_ydata(), float) for line in axis.lines], bands)
     if limits is None:
+        axis.set_yticks([])
         return
     low, high, ticks = log_ticks(*limits)
     axis.set(yscale="log", ylim=(low, high))

@@ -60,7 +60,8 @@ class DashboardView(widgets.VBox):
             first = self.panel.head.get("pages", {}).get("page", 0) * PAGE
             self.source.view = range(first, first + PAGE)
             before, self.state = getattr(self, "state", None), self.source.read()
-            if before and before.status != self.state.status:
+            said = lambda state: (state.status, state.message)
+            if before and said(before) != said(self.state):
                 self.notice = ""
             complete = self.panel.show(self.state, self.notice)
             text = file_links([*self.state.files])
