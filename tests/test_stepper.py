@@ -4,6 +4,7 @@ import re
 import statistics
 import time
 
+import nbformat
 import pytest
 import torch
 from browser import CURRENT, watched
@@ -167,6 +168,38 @@ def test_values_out_of_range_are_messages(name, value, message):
     assert view.settings.message.value == ""
 
 
+def test_negative_guidance_is_a_message():
+    view = stepper.Stepper()
+    before = view.run
+    view.settings.guidance["sds"].value = -5.0
+    message = "guidance of sds is -5.0: expected a number from 0 to 10000"
+    assert message in view.settings.message.value and view.run is before
+
+
+def test_a_change_while_paused_says_that_it_starts_again():
+    view = stepper.Stepper()
+    view.settings.guidance["sds"].value = 50.0
+    assert view.message.value == ""  # it was at step 0
+    view.next.click()
+    view.settings.guidance["sds"].value = 60.0
+    assert (view.index, "changed: starts again at step 0" in view.message.value) == (0, True)
+    view.next.click()
+    assert view.message.value == ""
+
+
+def test_a_method_has_one_color_and_nine_have_nine():
+    def drawn(*methods):
+        view = stepper.Stepper(point_experiment.PointExperiment(methods=methods))
+        lines = {trace.name: trace.line.color for trace in view.figure.data if trace.name}
+        dots = [trace.marker.color for trace in view.figure.data[: 2 * len(methods) : 2]]
+        assert [*lines.values()] == dots
+        return lines
+
+    nine = drawn(*point_experiment.POINT_METHODS)
+    assert len(set(nine.values())) == 9
+    assert drawn("ism", "asd") == {name: nine[name] for name in ("ism", "asd")}
+
+
 def test_a_recording_needs_its_density():
     with pytest.raises(UsageError, match="log_density is missing"):
         stepper.Stepper(RandomParticles())
@@ -276,6 +309,15 @@ def test_settings_of_the_stepper_in_a_lab(lab, browser, tmp_path):
         assert check_step(page) == 0
         page.locator("label:has-text('csd') input").first.uncheck()
         wait_for_figure(page, "d.length === 13")
+        assert page.locator(".modebar").count() == 0  # it would be on the titles
+        assert page.locator("[title*='a network trained on the particles']").count()
+        guidance = page.locator(".widget-text input").first  # of sds
+        guidance.fill("-5")
+        guidance.press("Enter")
+        page.locator("b[role=alert]:has-text('guidance of sds is -5')").wait_for()
+        page.screenshot(path=tmp_path / "negative.png")
+        guidance.fill("100")
+        guidance.press("Enter")
         number = page.locator(".widget-text:has-text('eta') input")
         number.fill("2")
         number.press("Enter")
@@ -292,6 +334,11 @@ def test_settings_of_the_stepper_in_a_lab(lab, browser, tmp_path):
         theme(page, "JupyterLab Dark")
         page.screenshot(path=tmp_path / "dark.png")
         theme(page, "JupyterLab Light")
+        methods = lab.home / "35_distill/50_methods.ipynb"
+        methods.parent.mkdir()
+        nbformat.write(nbformat.v4.new_notebook(), methods)
+        page.locator("a:has-text('what they are')").click()
+        page.locator(".lm-TabBar-tabLabel:has-text('50_methods')").wait_for()
 
 
 def test_the_page_of_a_recording_needs_no_kernel_and_no_network(browser, tmp_path):

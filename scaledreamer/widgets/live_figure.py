@@ -56,7 +56,7 @@ class LiveFigure(go.FigureWidget):
     alt = traitlets.Unicode("figure").tag(sync=True)  # what a screen reader says
 
     def __init__(self, *args, alt: str = "figure", toolbar: bool = True, **kwargs) -> None:
-        "Arguments of `FigureWidget`; `toolbar`: show plotly's while the pointer is over the figure."
+        "Arguments of `FigureWidget`; `toolbar`: show plotly's while the pointer is over it."
         super().__init__(*args, **kwargs)
         self._config = {"displaylogo": False, "displayModeBar": "hover" if toolbar else False}
         self.alt = alt
