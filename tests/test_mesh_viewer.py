@@ -105,7 +105,7 @@ def test_values_out_of_range_are_kept_within_or_refused():
     viewer = MeshViewer({"box": painted_box()})
     for name, value, kept in (
         ("elevation", -200, -90),
-        ("distance", 0, viewer.home["distance"] / 5),
+        ("distance", 0, 0.75 * viewer.home["distance"]),
     ):
         setattr(viewer, name, value)
         assert getattr(viewer, name) == pytest.approx(kept)

@@ -219,7 +219,7 @@ def test_mixture_keeps_the_contract_of_priors():
     seed_everything(0)
     prior = mixture((3, 4, 4), dtype=torch.float32)[0]
     check_prior(prior, ["a dog", "a cat"])
-    with pytest.raises(UsageError, match="the nearest of its 4 captions: 'a dog'"):
+    with pytest.raises(UsageError, match="the nearest of its 3 prompts: 'a dog'"):
         prior.encode_text(["a dig"])
 
 

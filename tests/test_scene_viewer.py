@@ -174,11 +174,26 @@ def test_an_error_is_a_sentence_and_the_viewer_stays_usable(run, show):
     viewer = show(SceneViewer, run, "a red car", size=32)
     viewer.text = "a red car " * 100
     until(lambda: "tokens" in viewer.message, viewer)
-    assert viewer.frame == {}
+    viewer.azimuth = 100.0  # the last good scene can still be turned
+    at_rest(viewer)
+    assert viewer.shown[0].texts == ("a red car",) and "tokens" in viewer.message
+    assert viewer.frame["titles"] == ["learnt", "truth"]
+    viewer.text = ""
+    until(lambda: not viewer.message, viewer)
+    assert viewer.text == "a red car"
     viewer.text = "a blue cube"
     at_rest(viewer)
     until(lambda: not viewer.message, viewer)
-    assert viewer.frame["titles"] == ["learnt", "truth"]
+    assert viewer.shown[0].texts == ("a blue cube",)
+
+
+def test_a_picture_stays_in_the_output(run, show):
+    "For a page without kernel; at the first display it is there within a moment, and is small."
+    for kind in (SceneViewer, TextSlider):
+        viewer = show(kind, run)
+        both, alone = viewer.outputs()
+        assert both["image/png"] in alone["text/html"] and len(alone["text/html"]) < 100_000
+        assert viewer.twin in alone["text/html"]
 
 
 def test_weights_that_are_not_finite_are_said(run, show):
@@ -235,7 +250,8 @@ def test_values_from_a_page_or_a_cell_that_are_out_of_range(show):
     viewer = show(SceneViewer, SphereScene(torch.tensor([0.5])), size=32)
     viewer.elevation, viewer.distance = 500.0, -3.0
     at_rest(viewer)
-    assert (viewer.elevation, viewer.distance, viewer.message) == (90.0, 0.05, "")
+    assert (viewer.elevation, viewer.message) == (90.0, "")
+    assert viewer.distance == pytest.approx(0.75 * viewer.home["distance"])
     with pytest.raises(Exception, match="mode"):
         viewer.mode = "colours"
 
@@ -361,6 +377,16 @@ viewer""",
               root.querySelector('select').value).join() === 'opacity,opacity'"""
         )
 
+        field.fill("a red car " * 100)
+        field.press("Enter")
+        wait_for_state(page, "m.get('message').includes('tokens')")
+        page.locator(".scaledreamer-scene .pictures").first.focus()
+        page.keyboard.press("ArrowRight")
+        wait_for_state(page, "m.get('azimuth') !== 35 && m.get('frame').pixels === 192")
+        page.screenshot(path=tmp_path / "refused.png")
+        field.fill("")
+        field.press("Enter")
+        wait_for_state(page, "m.get('text') === 'a blue cube' && !m.get('message')")
         page.evaluate("() => window.jupyterapp.commands.execute('docmanager:save')")
         page.wait_for_timeout(1000)
         page.reload()
@@ -369,6 +395,15 @@ viewer""",
         wait_for_state(page, "m.get('mode') === 'opacity' && m.get('text') === 'a blue cube'")
         page.wait_for_function(f"() => {VIEW}.texts[0].field.value === 'a blue cube'")
         page.screenshot(path=tmp_path / "reloaded.png")
+        picture = page.locator("img[alt='last picture']").first
+        assert not picture.is_visible()  # where the widget lives
+        current = "window.jupyterapp.shell.currentWidget"
+        page.evaluate(f"() => {current}.sessionContext.shutdown()")
+        page.reload()
+        picture.wait_for(state="visible")
+        page.screenshot(path=tmp_path / "no_kernel.png")
+        assert all("model not found" in error for error in page.errors), page.errors
+        page.errors.clear()
         assert rates[-1] >= min(wanted, 10), rates
 
 
@@ -391,7 +426,6 @@ slider""",
         before = page.evaluate(f"() => {VIEW}.drawn")
         for _ in range(10):
             page.keyboard.press("ArrowRight")
-            page.wait_for_timeout(50)
         wait_for_state(page, "Math.abs(m.get('part') - 0.6) < 1e-9")
         wait_for_rest(page)
         assert page.evaluate(f"() => {VIEW}.drawn") > before

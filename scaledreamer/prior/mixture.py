@@ -122,14 +122,15 @@ def caption_row(
     text: str,  # a caption, a prompt in front of the commas of some captions, or ""
 ) -> Float[Tensor, " captions"]:  # sums to 1
     """The probability of each caption given the text.
-    Raises `UsageError` that names the nearest captions for an unknown text."""
+    Raises `UsageError` that names the nearest prompts for an unknown text."""
     chosen = [i for i, c in enumerate(captions) if c == text] or [
         i for i, c in enumerate(captions) if not text or c.startswith(text + ",")
     ]
     if not chosen:
-        near = get_close_matches(text, captions, n=3, cutoff=0.0)
+        prompts = list(dict.fromkeys(c.rpartition(",")[0] or c for c in captions))
+        near = get_close_matches(text, prompts, n=3, cutoff=0.0)
         raise UsageError(
-            f"the mixture knows no {text!r}; the nearest of its {len(captions)} captions: "
+            f"the mixture knows no {text!r}; the nearest of its {len(prompts)} prompts: "
             f"{', '.join(map(repr, near))}"
         )
     row = torch.zeros(len(captions))

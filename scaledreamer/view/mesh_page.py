@@ -36,7 +36,7 @@ def true_mesh(text: str, resolution: int = 64) -> trimesh.Trimesh | None:
 def beside_truth(text: str, learnt: trimesh.Trimesh, resolution: int = 64) -> dict:
     "A learnt mesh, and the true one where it is known, by the names under which they are shown."
     true = true_mesh(text, resolution)
-    return {"learnt": learnt} if true is None else {"learnt": learnt, "true": true}
+    return {"learnt": learnt} if true is None else {"learnt": learnt, "truth": true}
 
 # %% ../../nbs/80_view/28_mesh_page.ipynb #f2e54188
 @cache
@@ -116,5 +116,5 @@ def scene_meshes(
     resolution: int = 64,  # cells per side of the cube, 2 to 4096
     device: str | torch.device = "cpu",  # of the scene
 ) -> dict[str, trimesh.Trimesh]:
-    "`learnt`, and `true` for a prompt of Toybox. Raises `RunError` for a scene without surface."
+    "`learnt`, and `truth` of a prompt of Toybox. Raises `RunError` for a scene without surface."
     return beside_truth(text, extract_mesh(scene, resolution=resolution, device=device), resolution)

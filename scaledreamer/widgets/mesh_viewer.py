@@ -10,20 +10,22 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import anywidget
 import traitlets
 import trimesh
+from matplotlib.figure import Figure
 from PIL import Image
 
+from ..core.figures import show_images
 from ..core.settings import UsageError
 from ..training.job_controls import JobControls
 from ..training.run import Run
 from ..view.mesh_packing import pack_meshes, unpack_mesh
 from ..view.mesh_page import scene_meshes, viewer_code, viewer_state
 from ..view.mesh_picture import MESH_MODES, MeshCamera, mesh_row
+from .live_figure import PicturedWidget
 
 # %% ../../nbs/81_widgets/40_mesh_viewer.ipynb #1fb74195
-class MeshTraits(anywidget.AnyWidget):
+class MeshTraits(PicturedWidget):
     "Packed meshes, a camera and a mode, kept within their ranges."
 
     _esm = viewer_code()
@@ -44,7 +46,7 @@ class MeshTraits(anywidget.AnyWidget):
         if not math.isfinite(value):
             raise UsageError(f"{name} is {value}: expected a finite number")
         home = self.home.get("distance", value)
-        limits = {"elevation": (-90.0, 90.0), "distance": (home / 5, 5 * home)}
+        limits = {"elevation": (-90.0, 90.0), "distance": (0.75 * home, 2.5 * home)}
         low, high = limits.get(name, (value, value))
         return min(max(value, low), high)
 
@@ -77,6 +79,10 @@ class MeshViewer(MeshTraits):
         with self.hold_sync(), self.hold_trait_notifications():
             for name, value in state.items():
                 setattr(self, name, value)
+
+    def static(self) -> Figure:
+        "The meshes that are shown, as a figure."
+        return show_images([viewer_picture(self, 160)], scale=1.33 * len(self.shown))
 
 # %% ../../nbs/81_widgets/40_mesh_viewer.ipynb #b6938df5
 def viewer_picture(viewer: MeshViewer, size: int = 256) -> Image.Image:

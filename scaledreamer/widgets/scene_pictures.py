@@ -134,12 +134,14 @@ class ScenePainter:
         self.source = source
         self.texts, self.scenes, self.truths = {}, {}, {}
 
+    def encode(self, texts: Sequence[str]) -> list:
+        "Encoded texts. Raises `UsageError` for one that the prior does not know."
+        self.texts |= {text: self.source.embed(text) for text in texts if text not in self.texts}
+        return [self.texts[text] for text in texts]
+
     def embedding(self, view: SceneView):
         "The text of a view, or the interpolation of its two."
-        for text in view.texts:
-            if text not in self.texts:
-                self.texts[text] = self.source.embed(text)
-        found = [self.texts[text] for text in view.texts]
+        found = self.encode(view.texts)
         if len(found) == 2 and self.source.amortised:
             return interpolate_texts(*found, torch.tensor([view.part]))
         return found[0] if found else None

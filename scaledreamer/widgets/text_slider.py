@@ -62,6 +62,7 @@ class TextSlider(SceneRenderer):
     other = traitlets.Unicode().tag(sync=True)
     part = traitlets.Float(0.5).tag(sync=True)  # of the second prompt, from 0 to 1
     watched = [*SceneRenderer.watched, "one", "other", "part"]
+    text_names = ("one", "other")
 
     def __init__(
         self,
@@ -79,9 +80,7 @@ class TextSlider(SceneRenderer):
         self.other = self.other or prompts[min(1, len(prompts) - 1)]
 
     def view(self) -> SceneView:
-        if not (self.one and self.other):
-            raise UsageError("there is no text: write two prompts, e.g. a red ball and a blue cube")
-        return replace(super().view(), texts=(self.one, self.other), part=self.part)
+        return replace(super().view(), part=self.part)
 
     @traitlets.validate("part")
     def _inside(self, proposal: dict) -> float:

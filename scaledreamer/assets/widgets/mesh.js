@@ -15,9 +15,10 @@ const STYLE = `
   align-items: center; margin: 4px 0 }
 .scaledreamer-meshes select, .scaledreamer-meshes button { font: inherit; color: inherit;
   background: var(--jp-layout-color1, Canvas); border: 1px solid #888; border-radius: 3px }
+.scaledreamer-meshes .hint { opacity: 0.75 }
 .scaledreamer-meshes input { vertical-align: -2px }`;
-const HINT = "drag or arrow keys turn; the wheel (after a click) or + and - zoom; " +
-  "a double click resets";
+const HINT = "drag to turn, click then wheel to zoom, arrow keys, double click to reset";
+const NEAREST = 0.75, FARTHEST = 2.5; // of the first distance
 const TURNS = { ArrowLeft: [-5, 0], ArrowRight: [5, 0], ArrowUp: [0, 5], ArrowDown: [0, -5] };
 const ZOOMS = { "+": 0.9, "=": 0.9, "-": 1 / 0.9, _: 1 / 0.9 };
 const STATE = ["azimuth", "elevation", "distance", "mode", "shown"];
@@ -25,6 +26,7 @@ const STATE = ["azimuth", "elevation", "distance", "mode", "shown"];
 function make(tag, properties = {}, ...children) {
   const element = Object.assign(document.createElement(tag), properties);
   element.append(...children);
+  element.setAttribute("data-lm-suppress-shortcuts", "true"); // JupyterLab's own arrow keys
   return element;
 }
 
@@ -32,7 +34,9 @@ class MeshView {
   constructor(model, element) {
     Object.assign(this, { model, drawn: 0, meshes: new Map(), panels: new Map() });
     this.root = make("div", { className: "scaledreamer-meshes" }, make("style", {}, STYLE));
-    this.root.setAttribute("data-lm-suppress-shortcuts", "true"); // JupyterLab's own arrow keys
+    if (model.get("twin")) { // the picture for pages without a kernel
+      this.root.append(make("style", {}, `.${model.get("twin")} { display: none }`));
+    }
     this.root.view = this;
     element.append(this.root);
     if (!painter().gl) return void this.root.append(make("p", {}, NO_WEBGL));
@@ -145,7 +149,7 @@ class MeshView {
   zoom(factor) {
     const home = this.model.get("home").distance;
     const distance = this.model.get("distance") * factor;
-    this.set({ distance: Math.min(Math.max(distance, home / 5), 5 * home) });
+    this.set({ distance: Math.min(Math.max(distance, NEAREST * home), FARTHEST * home) });
   }
 
   reset() {
@@ -207,6 +211,7 @@ class MeshView {
 
 function render({ model, el }) {
   const view = new MeshView(model, el);
+  if (view.stage) view.root.append(make("div", { className: "hint" }, HINT)); // a page has its own
   return () => view.stage && view.remove();
 }
 

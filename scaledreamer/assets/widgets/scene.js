@@ -9,7 +9,8 @@ const STYLE = `
 .scaledreamer-scene figure { margin: 0; min-width: 0 }
 .scaledreamer-scene canvas { display: block; width: 100%; aspect-ratio: 1; cursor: grab;
   touch-action: pan-y; border-radius: 4px }
-.scaledreamer-scene figcaption { text-align: center; padding: 2px }
+.scaledreamer-scene figcaption { text-align: center; padding: 2px;
+  overflow-wrap: anywhere }
 .scaledreamer-scene .controls { display: flex; flex-wrap: wrap; gap: 4px 16px;
   align-items: center; margin: 4px 0; max-width: 960px }
 .scaledreamer-scene select, .scaledreamer-scene button, .scaledreamer-scene input { font: inherit;
@@ -19,9 +20,12 @@ const STYLE = `
 .scaledreamer-scene label.part { display: flex; flex: 1 1 100%; gap: 8px; align-items: center }
 .scaledreamer-scene input[type="range"] { flex: 1; min-width: 8em }
 .scaledreamer-scene .state { opacity: 0.75; font-variant-numeric: tabular-nums }
+.scaledreamer-scene .hint { opacity: 0.75 }
+.scaledreamer-scene .refused { opacity: 0.5 }
+.scaledreamer-scene .message { max-width: 960px; overflow-wrap: anywhere }
 .scaledreamer-scene .message:not(:empty) { border-left: 3px solid #d55e00; padding-left: 8px }`;
-const HINT = "drag or arrow keys turn; the wheel (after a click) or + and - zoom; " +
-  "a double click resets";
+const HINT = "drag to turn, click then wheel to zoom, arrow keys, double click to reset";
+const NEAREST = 0.75, FARTHEST = 2.5; // of the first distance
 const TURNS = { ArrowLeft: [-5, 0], ArrowRight: [5, 0], ArrowUp: [0, 5], ArrowDown: [0, -5] };
 const ZOOMS = { "+": 0.9, "=": 0.9, "-": 1 / 0.9, _: 1 / 0.9 };
 const CHOICES = {
@@ -43,14 +47,20 @@ function make(tag, properties = {}, ...children) {
 
 class Requests { // at most one unanswered
   constructor(model) {
-    Object.assign(this, { model, sent: -Infinity, waiting: false });
+    Object.assign(this, { model, sent: -Infinity, waiting: false, unsent: {} });
   }
+
+  // What is set meanwhile is not in the model before it is sent: an answer would overwrite it there.
+  get(name) { return this.unsent[name] ?? this.model.get(name); }
 
   send() { // now, or when the last one is answered
     const late = performance.now() - this.sent > PATIENCE;
     this.waiting = this.model.get("answered") !== this.model.get("request") && !late;
     if (this.waiting) return;
     this.sent = performance.now();
+    const values = this.unsent;
+    this.unsent = {};
+    Object.entries(values).forEach(([name, value]) => this.model.set(name, value));
     this.model.set("request", this.model.get("request") + 1);
     this.model.save_changes();
   }
@@ -61,7 +71,8 @@ class Requests { // at most one unanswered
 class SceneView {
   constructor(model, element) {
     Object.assign(this, { model, drawn: 0, times: [], requests: new Requests(model) });
-    this.root = make("div", { className: "scaledreamer-scene" }, make("style", {}, STYLE));
+    this.root = make("div", { className: "scaledreamer-scene" }, make("style", {}, STYLE),
+      make("style", {}, `.${model.get("twin")} { display: none }`)); // for pages without a kernel
     this.root.view = this;
     this.stage = make("div", { className: "pictures", tabIndex: 0, title: HINT });
     this.stage.setAttribute("role", "group");
@@ -70,7 +81,8 @@ class SceneView {
     this.message = make("div", { className: "message" });
     this.message.setAttribute("role", "status");
     element.append(this.root);
-    this.root.append(this.stage, this.controls, this.message);
+    this.root.append(this.stage, this.controls, make("div", { className: "hint" }, HINT),
+      this.message);
     this.layout();
     this.steer();
     this.listen();
@@ -112,16 +124,18 @@ class SceneView {
       "reset view"), this.state);
   }
 
+  get(name) { return this.requests.get(name); }
+
   has(name) { return this.model.get(name) !== undefined; }
 
   textField(name, title) {
     const list = make("datalist", { id: `scaledreamer-${Math.random().toString(36).slice(2)}` });
     const field = make("input", { name, className: "text", autocomplete: "off" });
     field.setAttribute("list", list.id);
-    const show = () => { [field.value, field.placeholder] = [this.model.get(name), ""]; };
+    const show = () => { [field.value, field.placeholder] = [this.get(name), ""]; };
     field.onfocus = () => { [field.placeholder, field.value] = [field.value, ""]; }; // offers all
     field.onblur = show;
-    field.onchange = () => { if (field.value.trim()) this.set({ [name]: field.value.trim() }); };
+    field.onchange = () => this.set({ [name]: field.value.trim() }); // none: the last good one
     field.onkeydown = ({ key }) => { if (key === "Enter") field.onchange(); };
     const label = this.controls.appendChild(make("label", {}, `${title} `, field, list));
     return { name, field, list, label, show };
@@ -158,47 +172,50 @@ class SceneView {
   }
 
   turn(right, up) { // degrees by which the camera moves
-    const azimuth = this.model.get("azimuth") + right + 180;
-    const elevation = Math.min(Math.max(this.model.get("elevation") + up, -90), 90);
+    const azimuth = this.get("azimuth") + right + 180;
+    const elevation = Math.min(Math.max(this.get("elevation") + up, -90), 90);
     this.set({ azimuth: ((azimuth % 360) + 360) % 360 - 180, elevation });
   }
 
   zoom(factor) {
     const home = this.model.get("home").distance;
-    const distance = this.model.get("distance") * factor;
-    this.set({ distance: Math.min(Math.max(distance, home / 5), 5 * home) });
+    const distance = this.get("distance") * factor;
+    this.set({ distance: Math.min(Math.max(distance, NEAREST * home), FARTHEST * home) });
   }
 
   reset() { this.set({ ...this.model.get("home") }); }
 
   set(values) {
-    Object.entries(values).forEach(([name, value]) => this.model.set(name, value));
+    Object.assign(this.requests.unsent, values);
     this.requests.send();
+    this.refresh();
   }
 
   refresh() {
     const { model } = this, prompts = model.get("prompts");
-    this.selects.forEach((select) => { select.value = model.get(select.name); });
+    this.selects.forEach((select) => { select.value = this.get(select.name); });
     for (const { field, list, label, show } of this.texts) {
       label.hidden = !prompts.length;
       if (list.childElementCount !== prompts.length) {
         list.replaceChildren(...prompts.map((value) => make("option", { value })));
       }
       if (document.activeElement !== field) show();
+      else if (!field.value) field.placeholder = this.get(name);
     }
     if (this.part) {
-      this.part.value = model.get("part");
-      this.between.textContent = `${Math.round(100 * model.get("part"))} %`;
+      this.part.value = this.get("part");
+      this.between.textContent = `${Math.round(100 * this.get("part"))} %`;
     }
     this.message.textContent = model.get("message");
+    this.stage.classList.toggle("refused", Boolean(model.get("message")));
     this.state.textContent = this.describe();
   }
 
   describe() {
-    const [a, e] = ["azimuth", "elevation"].map((name) => Math.round(this.model.get(name)));
+    const [a, e] = ["azimuth", "elevation"].map((name) => Math.round(this.get(name)));
     const { pixels } = this.model.get("frame"), step = this.model.get("step");
     this.times = this.times.filter((time) => performance.now() - time < 1000);
-    return [`azimuth ${a}°, elevation ${e}°, distance ${this.model.get("distance").toFixed(2)}`,
+    return [`azimuth ${a}°, elevation ${e}°, distance ${this.get("distance").toFixed(2)}`,
       step < 0 ? "" : `step ${step}`, pixels ? `${pixels} x ${pixels} pixels` : "",
       this.times.length > 2 ? `${this.times.length} frames/s` : ""].filter(Boolean).join("; ");
   }
