@@ -144,8 +144,8 @@ def metric_differences(records: Sequence[RunRecord]) -> dict[str, list[str]]:
     return found
 
 # %% ../../nbs/80_view/35_run_comparison.ipynb #0f620bf2
-ONE_SEED = """One seed each: an anecdote. The intervals are over prompts, without the spread between
-seeds, which may be as large as a difference: repeat with other seeds to conclude."""
+ONE_SEED = """One seed each: an anecdote. The intervals are over prompts, without the spread \
+between seeds, which may be as large as a difference: repeat with other seeds to conclude."""
 
 
 def comparison_notes(records: Sequence[RunRecord]) -> list[str]:
