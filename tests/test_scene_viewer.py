@@ -334,7 +334,14 @@ def test_a_scene_is_orbited_in_a_lab(lab, browser, tmp_path, run):
     cells = [
         f"""
 from scaledreamer.widgets.scene_viewer import SceneViewer
+from scaledreamer.core.settings import UsageError
 viewer = SceneViewer({str(run.folder)!r})
+embed = viewer.source.embed
+def known(text):
+    if "elephant" in text:
+        raise UsageError("there is no elephant")
+    return embed(text)
+viewer.source.embed = known
 viewer""",
         "viewer",
     ]
@@ -377,9 +384,9 @@ viewer""",
               root.querySelector('select').value).join() === 'opacity,opacity'"""
         )
 
-        field.fill("a red car " * 100)
+        field.fill("a green elephant")
         field.press("Enter")
-        wait_for_state(page, "m.get('message').includes('tokens')")
+        wait_for_state(page, "m.get('message') === 'there is no elephant'")
         page.locator(".scaledreamer-scene .pictures").first.focus()
         page.keyboard.press("ArrowRight")
         wait_for_state(page, "m.get('azimuth') !== 35 && m.get('frame').pixels === 192")
