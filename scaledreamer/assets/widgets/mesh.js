@@ -17,22 +17,12 @@ const STYLE = `
   background: var(--jp-layout-color1, Canvas); border: 1px solid #888; border-radius: 3px }
 .scaledreamer-meshes .hint { opacity: 0.75 }
 .scaledreamer-meshes input { vertical-align: -2px }`;
-const HINT = "drag to turn, click then wheel to zoom, arrow keys, double click to reset";
-const NEAREST = 0.75, FARTHEST = 2.5; // of the first distance
-const TURNS = { ArrowLeft: [-5, 0], ArrowRight: [5, 0], ArrowUp: [0, 5], ArrowDown: [0, -5] };
-const ZOOMS = { "+": 0.9, "=": 0.9, "-": 1 / 0.9, _: 1 / 0.9 };
 const STATE = ["azimuth", "elevation", "distance", "mode", "shown"];
 
-function make(tag, properties = {}, ...children) {
-  const element = Object.assign(document.createElement(tag), properties);
-  element.append(...children);
-  element.setAttribute("data-lm-suppress-shortcuts", "true"); // JupyterLab's own arrow keys
-  return element;
-}
-
-class MeshView {
+class MeshView extends OrbitView {
   constructor(model, element) {
-    Object.assign(this, { model, drawn: 0, meshes: new Map(), panels: new Map() });
+    super();
+    Object.assign(this, { model, unsent: {}, drawn: 0, meshes: new Map(), panels: new Map() });
     this.root = make("div", { className: "scaledreamer-meshes" }, make("style", {}, STYLE));
     if (model.get("twin")) { // the picture for pages without a kernel
       this.root.append(make("style", {}, `.${model.get("twin")} { display: none }`));
@@ -110,63 +100,26 @@ class MeshView {
     this.refresh(); // at least one stays
   }
 
-  steer() {
-    let last = null;
-    const end = () => { last = null; };
-    this.stage.onpointerdown = (event) => {
-      if (event.button || !(event.target instanceof HTMLCanvasElement)) return;
-      last = [event.clientX, event.clientY];
-      event.target.setPointerCapture(event.pointerId);
-    };
-    this.stage.onpointermove = (event) => {
-      if (!last) return;
-      this.turn((last[0] - event.clientX) / 2, (event.clientY - last[1]) / 2);
-      last = [event.clientX, event.clientY];
-    };
-    this.stage.onpointerup = this.stage.onpointercancel = end;
-    this.stage.ondblclick = () => this.reset();
-    this.stage.addEventListener("wheel", (event) => {
-      if (!this.stage.matches(":focus")) return; // a page that is scrolled does not zoom
-      event.preventDefault();
-      this.zoom(Math.exp(Math.sign(event.deltaY) * Math.min(Math.abs(event.deltaY), 100) / 700));
-    }, { passive: false });
-    this.stage.onkeydown = (event) => {
-      if (event.ctrlKey || event.metaKey || event.altKey) return;
-      if (event.key in TURNS) this.turn(...TURNS[event.key]);
-      else if (event.key in ZOOMS) this.zoom(ZOOMS[event.key]);
-      else return;
-      event.preventDefault();
-      event.stopPropagation();
-    };
-  }
-
-  turn(right, up) { // degrees by which the camera moves
-    const azimuth = this.model.get("azimuth") + right + 180;
-    const elevation = Math.min(Math.max(this.model.get("elevation") + up, -90), 90);
-    this.set({ azimuth: ((azimuth % 360) + 360) % 360 - 180, elevation });
-  }
-
-  zoom(factor) {
-    const home = this.model.get("home").distance;
-    const distance = this.model.get("distance") * factor;
-    this.set({ distance: Math.min(Math.max(distance, NEAREST * home), FARTHEST * home) });
-  }
-
-  reset() {
-    this.set({ ...this.model.get("home") });
-  }
+  // What is set is in the model only when it is sent: the kernel's answer to an earlier value would
+  // overwrite it there.
+  get(name) { return this.unsent[name] ?? this.model.get(name); }
 
   set(values) {
+    Object.assign(this.unsent, values);
+    this.saving ??= setTimeout(() => this.save(), 100); // ten cameras per second are enough
+    this.refresh();
+  }
+
+  save() {
+    const values = this.unsent;
+    [this.saving, this.unsent] = [null, {}];
     Object.entries(values).forEach(([name, value]) => this.model.set(name, value));
-    this.saving ??= setTimeout(() => {
-      this.saving = null;
-      this.model.save_changes();
-    }, 100); // the kernel needs no more than ten cameras per second
+    this.model.save_changes();
   }
 
   refresh() {
-    const shown = this.model.get("shown");
-    this.select.value = this.model.get("mode");
+    const shown = this.get("shown");
+    this.select.value = this.get("mode");
     this.boxes.forEach((box) => { box.checked = shown.includes(box.value); });
     this.panels.forEach(({ panel }, name) => { panel.hidden = !shown.includes(name); });
     this.stage.style.maxWidth = `${428 * shown.length - 8}px`;
@@ -186,7 +139,7 @@ class MeshView {
 
   draw(scale) {
     const { model } = this, [azimuth, elevation, distance, mode, shown] = STATE.map((name) =>
-      model.get(name));
+      this.get(name));
     for (const name of shown) {
       const { canvas } = this.panels.get(name) ?? {}, mesh = this.meshes.get(name);
       if (!mesh || !canvas?.clientWidth) continue;

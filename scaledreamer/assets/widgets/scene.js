@@ -24,10 +24,6 @@ const STYLE = `
 .scaledreamer-scene .refused { opacity: 0.5 }
 .scaledreamer-scene .message { max-width: 960px; overflow-wrap: anywhere }
 .scaledreamer-scene .message:not(:empty) { border-left: 3px solid #d55e00; padding-left: 8px }`;
-const HINT = "drag to turn, click then wheel to zoom, arrow keys, double click to reset";
-const NEAREST = 0.75, FARTHEST = 2.5; // of the first distance
-const TURNS = { ArrowLeft: [-5, 0], ArrowRight: [5, 0], ArrowUp: [0, 5], ArrowDown: [0, -5] };
-const ZOOMS = { "+": 0.9, "=": 0.9, "-": 1 / 0.9, _: 1 / 0.9 };
 const CHOICES = {
   mode: ["show", { color: "colour", normal: "normal", depth: "depth", opacity: "opacity" }],
   background: ["background", { scene: "as trained", white: "white", grey: "grey",
@@ -38,19 +34,12 @@ const STATE = ["azimuth", "elevation", "distance", "step", "message", "part", "p
   ...Object.keys(TEXTS), ...Object.keys(CHOICES)];
 const PATIENCE = 5000; // milliseconds after which an answer is no longer waited for
 
-function make(tag, properties = {}, ...children) {
-  const element = Object.assign(document.createElement(tag), properties);
-  element.append(...children);
-  element.setAttribute("data-lm-suppress-shortcuts", "true"); // JupyterLab's own arrow keys
-  return element;
-}
-
 class Requests { // at most one unanswered
   constructor(model) {
     Object.assign(this, { model, sent: -Infinity, waiting: false, unsent: {} });
   }
 
-  // What is set meanwhile is not in the model before it is sent: an answer would overwrite it there.
+  // What is set meanwhile is in the model only when it is sent: an answer would overwrite it.
   get(name) { return this.unsent[name] ?? this.model.get(name); }
 
   send() { // now, or when the last one is answered
@@ -68,8 +57,9 @@ class Requests { // at most one unanswered
   answered() { if (this.waiting) this.send(); }
 }
 
-class SceneView {
+class SceneView extends OrbitView {
   constructor(model, element) {
+    super();
     Object.assign(this, { model, drawn: 0, times: [], requests: new Requests(model) });
     this.root = make("div", { className: "scaledreamer-scene" }, make("style", {}, STYLE),
       make("style", {}, `.${model.get("twin")} { display: none }`)); // for pages without a kernel
@@ -140,50 +130,6 @@ class SceneView {
     const label = this.controls.appendChild(make("label", {}, `${title} `, field, list));
     return { name, field, list, label, show };
   }
-
-  steer() {
-    let last = null;
-    const end = () => { last = null; };
-    this.stage.onpointerdown = (event) => {
-      if (event.button || !(event.target instanceof HTMLCanvasElement)) return;
-      last = [event.clientX, event.clientY];
-      event.target.setPointerCapture(event.pointerId);
-    };
-    this.stage.onpointermove = (event) => {
-      if (!last) return;
-      this.turn((last[0] - event.clientX) / 2, (event.clientY - last[1]) / 2);
-      last = [event.clientX, event.clientY];
-    };
-    this.stage.onpointerup = this.stage.onpointercancel = end;
-    this.stage.ondblclick = () => this.reset();
-    this.stage.addEventListener("wheel", (event) => {
-      if (!this.stage.matches(":focus")) return; // a page that is scrolled does not zoom
-      event.preventDefault();
-      this.zoom(Math.exp(Math.sign(event.deltaY) * Math.min(Math.abs(event.deltaY), 100) / 700));
-    }, { passive: false });
-    this.stage.onkeydown = (event) => {
-      if (event.ctrlKey || event.metaKey || event.altKey) return;
-      if (event.key in TURNS) this.turn(...TURNS[event.key]);
-      else if (event.key in ZOOMS) this.zoom(ZOOMS[event.key]);
-      else return;
-      event.preventDefault();
-      event.stopPropagation();
-    };
-  }
-
-  turn(right, up) { // degrees by which the camera moves
-    const azimuth = this.get("azimuth") + right + 180;
-    const elevation = Math.min(Math.max(this.get("elevation") + up, -90), 90);
-    this.set({ azimuth: ((azimuth % 360) + 360) % 360 - 180, elevation });
-  }
-
-  zoom(factor) {
-    const home = this.model.get("home").distance;
-    const distance = this.get("distance") * factor;
-    this.set({ distance: Math.min(Math.max(distance, NEAREST * home), FARTHEST * home) });
-  }
-
-  reset() { this.set({ ...this.model.get("home") }); }
 
   set(values) {
     Object.assign(this.requests.unsent, values);
