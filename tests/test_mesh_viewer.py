@@ -122,7 +122,10 @@ def test_values_out_of_range_are_kept_within_or_refused():
 
 # in a browser
 
-DRAWN = "() => [...document.querySelectorAll('.scaledreamer-meshes')].every(e => e.view.drawn > 1)"
+DRAWN = """() => {
+  const viewers = [...document.querySelectorAll('.scaledreamer-meshes')];
+  return viewers.length && viewers.every((viewer) => viewer.view.drawn > 1);
+}"""
 PIXELS = "(canvas) => canvas.toDataURL('image/png')"
 
 
@@ -168,9 +171,9 @@ def test_a_page_draws_what_python_draws(browser, tmp_path):
         page.mouse.move(box["x"] + 140, box["y"] + 240, steps=4)
         page.mouse.up()
         page.mouse.wheel(0, 100)
-        page.wait_for_function(f"() => {view}.model.get('distance') > 1.7")
+        page.wait_for_function(f"() => {view}.get('distance') > 1.7")
         camera = MeshCamera(
-            *(page.evaluate(f"() => {view}.model.get('{n}')") for n in MeshCamera._fields)
+            *(page.evaluate(f"() => {view}.get('{n}')") for n in MeshCamera._fields)
         )
         assert camera[:2] == pytest.approx((30 + 10 + 30, 15 + 5 + 20))
         turned = panel(page)

@@ -205,7 +205,8 @@ class DashboardView {
     const url = (png) => URL.createObjectURL(new Blob([png], { type: "image/png" }));
     const image = (png, alt) => (png?.byteLength ? make("img", { alt, title: alt, src: url(png) }) :
       make("i"));
-    const pair = make("div", { className: truth ? "pair" : "pair one" }, image(learnt, `${text}, as learnt`));
+    const className = truth ? "pair" : "pair one";
+    const pair = make("div", { className }, image(learnt, `${text}, as learnt`));
     if (truth) pair.append(image(true_, `${text}, the truth`));
     const when = step < 0 ? "no picture yet" : `step ${step.toLocaleString("en")}`;
     return make("figure", { className: "tile" }, pair, make("figcaption", {},
