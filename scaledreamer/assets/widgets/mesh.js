@@ -123,7 +123,9 @@ class MeshView extends OrbitView {
     this.boxes.forEach((box) => { box.checked = shown.includes(box.value); });
     this.panels.forEach(({ panel }, name) => { panel.hidden = !shown.includes(name); });
     this.stage.style.maxWidth = `${428 * shown.length - 8}px`;
-    this.redraw();
+    const state = JSON.stringify(STATE.map((name) => this.get(name)));
+    if (state !== this.state) this.redraw();
+    this.state = state;
   }
 
   redraw() { // at once, and with smooth edges when nothing moves any more
