@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
@@ -167,7 +168,8 @@ def test_await_and_waiting_no_longer_than_is_said(tmp_path):
     async def awaited(job):
         return await job
 
-    ticks, run = asyncio.run(cells())
+    with ThreadPoolExecutor(1) as thread:  # in this one playwright's event loop may run
+        ticks, run = thread.submit(asyncio.run, cells()).result()
     assert run is job.run and run.step == CAR.steps and ticks > 3  # other tasks ran meanwhile
     long = train(tmp_path / "long", LONG)
     with pytest.raises(TimeoutError, match="is not done after 0.2 s, and goes on"):
