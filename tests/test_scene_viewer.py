@@ -172,6 +172,7 @@ def test_a_request_is_answered_even_if_nothing_changed(run, show):
 
 def test_an_error_is_a_sentence_and_the_viewer_stays_usable(run, show):
     viewer = show(SceneViewer, run, "a red car", size=32)
+    at_rest(viewer)
     viewer.text = "a red car " * 100
     until(lambda: "tokens" in viewer.message, viewer)
     viewer.azimuth = 100.0  # the last good scene can still be turned
