@@ -30,15 +30,14 @@ from ..noise_error.error import ErrorCurve
 from ..noise_error.image_sources import CurveProtocol, PriorSamples, ToyboxRenders
 from ..prior.base import Prior
 from ..toy.image_toy import image_settings
-from ..toy.point_estimator import TrainsEstimator, PointEstimator
-from ..toy.points import exact_vsd, ring
+from ..toy.point_estimator import TrainsEstimator
+from ..toy.points import ring
 from ..toy.study import plot_final, plot_study, run_images, run_points, save_study
 from ..toy.toy_settings import ToySettings
 from ..training.corpora import load_corpus
 from ..training.method_defaults import readable_terms
-from ..training.train_settings import ESTIMATOR_METHODS, METHODS, DistillSettings
-from ..training.train_settings import TrainSettings
-from ..training.train_settings import build_prior, method_of
+from ..training.train_settings import METHODS, TrainSettings, build_prior
+from ..widgets.point_experiment import toy_method
 
 # %% ../../nbs/90_commands/10_curve_and_toy.ipynb #acb74dfe
 def image_source(
@@ -150,22 +149,11 @@ def make_method(
     name: str, seed: int, prior: Prior, count: int, guidance: float | None, exact: bool
 ) -> Method | TrainsEstimator:
     "One method for a seed; with guidance None, the method's own guidance."
-    if name == "exact-vsd":
-        return exact_vsd if guidance is None else partial(exact_vsd, guidance=guidance)
-    # SDS-Bridge has two stages; the second begins at bridge_start
-    settings = TrainSettings(
-        method=name, distill=DistillSettings(guidance=guidance, bridge_start=0.0)
-    )
-    if name not in ESTIMATOR_METHODS:
-        return method_of(settings)
-    if exact:
-        estimator = PointEstimator(prior.schedule, len(prior.captions), seed=seed)
-    else:
-        estimator = LoRAEstimator(prior, seed=seed)
-    method = method_of(settings, estimator=estimator)
-    if name == "esd":  # a toy has no camera, but ESD expects one
-        method = partial(method, camera=torch.zeros(count, 16))
-    return TrainsEstimator(method, estimator, lr=3e-3 if exact else 1e-3, seed=seed)
+    # a toy has no camera, but ESD expects one
+    options = {"camera": torch.zeros(count, 16)} if name == "esd" else {}
+    if not exact:
+        options |= {"make_estimator": LoRAEstimator, "lr": 1e-3}
+    return toy_method(name, prior, guidance, seed, **options)
 
 
 def make_methods(
