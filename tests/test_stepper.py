@@ -4,7 +4,6 @@ import re
 import statistics
 import time
 
-import nbformat
 import pytest
 import torch
 from browser import CURRENT, watched
@@ -334,11 +333,6 @@ def test_settings_of_the_stepper_in_a_lab(lab, browser, tmp_path):
         theme(page, "JupyterLab Dark")
         page.screenshot(path=tmp_path / "dark.png")
         theme(page, "JupyterLab Light")
-        methods = lab.home / "35_distill/50_methods.ipynb"
-        methods.parent.mkdir()
-        nbformat.write(nbformat.v4.new_notebook(), methods)
-        page.locator("a:has-text('what they are')").click()
-        page.locator(".lm-TabBar-tabLabel:has-text('50_methods')").wait_for()
 
 
 def test_the_page_of_a_recording_needs_no_kernel_and_no_network(browser, tmp_path):

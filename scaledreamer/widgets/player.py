@@ -124,8 +124,8 @@ class FrameControls(FrameView):
         super().__init__(*args, **options)
         self.limit = limit
         self.play = widgets.ToggleButton(description="play", icon="play", layout={"width": "7em"})
-        self.next = push_button("step", "step-forward", "one frame on", self._clicked)
-        self.back = push_button("reset", "fast-backward", "to the first frame", self._reset)
+        self.next = push_button("step", "step-forward", "the next recorded step", self._clicked)
+        self.back = push_button("reset", "fast-backward", "back to step 0", self._reset)
         speeds = [(f"{s:g}", s) for s in sorted({2, 5, 10, 20, 40, 80, 160, speed})]
         self.speed = widgets.Dropdown(description="steps/s", options=speeds, value=speed)
         self.speed.layout.width = "11em"
