@@ -84,7 +84,7 @@ def test_a_slider_move_takes_the_kernel_less_than_100_ms(pair):
         start = time.perf_counter()
         explorer.t0.value = t0
         took.append(time.perf_counter() - start)
-        assert f"t0 = {t0}:" in explorer.label.value
+        assert f"t₀ = {t0}:" in explorer.label.value
     assert statistics.median(took) < 0.1, took
 
 
@@ -197,28 +197,28 @@ def choose(page, which: int, option: str) -> None:
 def test_the_explorer_in_a_lab(lab, browser, tmp_path):
     with lab.notebook(browser, tmp_path, [EXPLORER]) as page:
         label = page.locator(".jp-OutputArea-output [role=status]").first
-        wait_for_figures(page, "d[4].x[0] === 440 && l.annotations[0].text.includes('at t0')")
+        wait_for_figures(page, "d[4].x[0] === 440 && l.annotations[0].text.includes('at t₀')")
         page.locator(".widget-slider .noUi-handle").first.focus()
         for _ in range(5):  # a busy machine may need another round
             if (median := median_answer(page, ["ArrowRight"] * 25 + ["ArrowLeft"] * 25)) <= 300:
                 break
         print(f"a key is answered in {median:.0f} ms")
-        assert median <= 300 and label.inner_text().startswith("t0 = 440:")
+        assert median <= 300 and label.inner_text().startswith("t₀ = 440:")
         typed = page.locator(".widget-text input").first
         typed.fill("5000")
         typed.press("Enter")
-        page.locator("[role=status]:has-text('t0 is 5000: from 20 to 9')").wait_for()
+        page.locator("[role=status]:has-text('t₀ is 5000: from 20 to 9')").wait_for()
         page.screenshot(path=tmp_path / "typed.png")
         assert int(typed.input_value()) < 1000
         typed.fill("440")
         typed.press("Enter")
-        page.locator("[role=status]:has-text('t0 is 5000')").wait_for(state="detached")
+        page.locator("[role=status]:has-text('t₀ is 5000')").wait_for(state="detached")
         choose(page, 0, "exact mixture, renders")
         wait_for_figures(page, "d[1].name === 'e_PT, exact mixture' && l.shapes[0].y1 === 1")
         choose(page, 1, "own function")
         page.wait_for_function("() => document.body.innerText.includes('shift function fails')")
         choose(page, 1, "constant: η(last - t_min)")
-        wait_for_figures(page, "l.shapes[0].x0 === 537 && l.annotations[0].text.includes('at t0')")
+        wait_for_figures(page, "l.shapes[0].x0 === 537 && l.annotations[0].text.includes('at t₀')")
         page.locator(".jupyter-widget-Collapse-header").last.click()
         page.locator("button:has-text('data (CSV)')").click()
         page.wait_for_function("() => document.body.innerText.includes('curves-t440.csv')")
@@ -239,7 +239,7 @@ def test_the_explorer_in_a_lab(lab, browser, tmp_path):
         assert 20_000 < (lab.home / f"{tmp_path.name}.ipynb").stat().st_size < 1_000_000
         page.goto(f"{lab.address}/lab/tree/{tmp_path.name}.ipynb?reset")
         wait_for_figures(page, "d[4].x[0] === 440 && l.shapes[0].x0 === 537")
-        assert label.inner_text().startswith("t0 = 440: the schedule draws dt = 97;")
+        assert label.inner_text().startswith("t₀ = 440: the schedule draws Δt = 97;")
         page.wait_for_timeout(500)
         page.screenshot(path=tmp_path / "reloaded.png")
 

@@ -6,6 +6,7 @@
 __all__ = ['NumberSlider', 'CurveControls', 'CurvePosition', 'DrawnCurves', 'SavedCurves', 'CurveExplorer']
 
 # %% ../../nbs/81_widgets/25_curve_explorer.ipynb #d7381608
+import html
 import textwrap
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -19,7 +20,8 @@ from torch import Tensor
 from ..core.files import replacing, shown_path, write_atomic
 from ..core.settings import RunError, UsageError
 from ..distill.shift import ShiftSchedule
-from .curve_exploration import SHIFT_SCHEDULES, CurvePair, explore, lines
+from .curve_exploration import CURVE_WORDS, SHIFT_SCHEDULES, CurvePair, explore
+from .curve_exploration import lines
 from .curve_exploration import own_schedule
 from .curve_figure import FIXED, curve_figure, figure_data, figure_layout
 from .curve_figure import pictures, save_curve_page, static_explorer
@@ -79,13 +81,14 @@ class CurveControls(widgets.VBox):
         )
         self.prompts = widgets.SelectMultiple(description="prompts", rows=4)
         self.prompts.tooltip = "none: all images; several with Shift or Ctrl"
-        self.t0 = widgets.IntSlider(description="t0", max=10**6)
-        self.eta = widgets.FloatSlider(eta, description="eta", min=0.0, max=1.0, step=0.01)
+        self.t0 = widgets.IntSlider(description="t₀", max=10**6)
+        self.eta = widgets.FloatSlider(eta, description="η", min=0.0, max=1.0, step=0.01)
         self.label, self.range = Note(), Note()
         self.typed = [NumberSlider(slider, self.range) for slider in (self.t0, self.eta)]
         left = widgets.VBox([self.prior, self.shift_schedule])
         choices = widgets.HBox([left, self.prompts], layout={"flex_flow": "row wrap"})
-        super().__init__([choices, *self.typed, self.label, self.range])
+        words = widgets.HTML(f"<small>{html.escape(CURVE_WORDS)}</small>")
+        super().__init__([choices, *self.typed, words, self.label, self.range])
 
     def choose(self) -> None:
         "Take the curves of the chosen prior and prompts; set the range of t0."

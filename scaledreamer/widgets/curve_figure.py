@@ -33,7 +33,7 @@ NO_MATCH = "no match"
 
 def pictures(pair: CurvePair, text: str, shown: Shown) -> dict[str, Float[Tensor, "3 h w"] | None]:
     "The prior's estimates by their titles, which name prompt and timestep; None without a match."
-    ends = {"at t0": shown.t0, "at the middle draw": shown.middle, "at the match": shown.match}
+    ends = {"at t₀": shown.t0, "at the middle draw": shown.middle, "at the match": shown.match}
     first, found = text, {}
     for name, t in ends.items():
         where = NO_MATCH if t is None else f"{name}, t = {t:.0f}"
@@ -60,8 +60,8 @@ def _draw_curves(axis: Axes, curves: Lines, shown: Shown) -> None:
     if shown.level is not None:
         ends = [shown.t0] if shown.match is None else [shown.t0, shown.match]
         dots = {"color": INK, "marker": "o", "markersize": 4, "linewidth": 1}
-        axis.plot(ends, [shown.level] * len(ends), label="t0 and its match", **dots)
-    axis.set(xlabel="$t$", ylabel="error of the noise", yscale="log", ylim=curves.span)
+        axis.plot(ends, [shown.level] * len(ends), label="t₀ and its match", **dots)
+    axis.set(xlabel="$t$", ylabel="error of the predicted noise", yscale="log", ylim=curves.span)
 
 # %% ../../nbs/81_widgets/21_curve_figure.ipynb #92473888
 def static_explorer(
@@ -83,7 +83,7 @@ def static_explorer(
         )
         _draw_curves(axes["curves"], curves, shown)
         axes["draws"].bar(*shown.bars, color=PALETTE[4])
-        axes["draws"].set(xlabel=r"$\Delta t$", ylabel="draws per dt", xlim=_dt_range(shown))
+        axes["draws"].set(xlabel="Δt", ylabel="draws per Δt", xlim=_dt_range(shown))
         for i, (title, image) in enumerate(pictures(pair, text, shown).items()):
             if image is not None:
                 axes[i].imshow(to_pixels(image[None])[0], interpolation="nearest")
@@ -172,7 +172,7 @@ def _traces(data: list[dict]) -> list[tuple[go.Scatter | go.Bar | go.Image, int,
         found.append(go.Scatter(data[2 * i], hoverinfo="skip", showlegend=False, **band))
         found.append(go.Scatter(data[2 * i + 1], mode="lines", line_color=PALETTE[i]))
     dots = {"mode": "lines+markers", "line": {"color": INK, "width": 1}, "marker_size": 8}
-    found.append(go.Scatter(data[4], name="t0 and its match", **dots))
+    found.append(go.Scatter(data[4], name="t₀ and its match", **dots))
     placed = [(trace, 1, 1) for trace in found]
     placed.append((go.Bar(data[5], marker_color=PALETTE[4], showlegend=False), 1, 3))
     images = [go.Image(new, hoverinfo="skip") for new in data[6:]]
@@ -188,9 +188,9 @@ def curve_figure(data: list[dict], layout: dict) -> go.Figure:
         figure.add_trace(trace, row, column)
     figure.update_xaxes(visible=False, row=2).update_yaxes(visible=False, row=2)
     figure.update_xaxes(title_text="t", row=1, col=1)
-    figure.update_yaxes(title_text="error of the noise", type="log", row=1, col=1)
-    figure.update_xaxes(title_text="dt", row=1, col=3)
-    figure.update_yaxes(title_text="draws per dt", row=1, col=3)
+    figure.update_yaxes(title_text="error of the predicted noise", type="log", row=1, col=1)
+    figure.update_xaxes(title_text="Δt", row=1, col=3)
+    figure.update_yaxes(title_text="draws per Δt", row=1, col=3)
     figure.update_layout(template=TEMPLATE, height=520, bargap=0, margin={"t": 60, "b": 10})
     return figure.update(layout=layout)
 
@@ -225,6 +225,6 @@ def save_curve_page(
         )
         for t, (data, layout) in zip(timesteps, steps)
     ]
-    sliders = [frame_slider([str(t) for t in timesteps], "t0 = ", pad={"t": 30})]
+    sliders = [frame_slider([str(t) for t in timesteps], "t₀ = ", pad={"t": 30})]
     figure.update_layout(height=680, margin_t=110, margin_b=40, sliders=sliders)
     write_atomic(path, page(figure))
