@@ -28,7 +28,7 @@ from ..toy.lockstep_strips import arrows
 from ..toy.measures import mode_coverage
 from ..toy.points import Modes
 from ..training.train_settings import METHODS
-from .live_figure import JUMP, frame_slider, page
+from .live_figure import JUMP, TEMPLATE, frame_slider, page
 
 # %% ../../nbs/81_widgets/30_lockstep_frames.ipynb #87177604
 @runtime_checkable
@@ -206,10 +206,10 @@ def frame_figure(
     for place in places:
         figure.add_trace(_density_trace(field, span), **place)
     return figure.update_layout(
-        template="plotly_white",
+        template=TEMPLATE,
         height=270 * rows + 190,
         margin={"l": 60, "r": 20, "t": 30, "b": 40},
-        legend={"x": 1.01, "y": 0, "yanchor": "bottom"},
+        legend={"orientation": "v", "x": 1.01, "y": 0, "yanchor": "bottom"},
     )
 
 # %% ../../nbs/81_widgets/30_lockstep_frames.ipynb #04fdc9ef

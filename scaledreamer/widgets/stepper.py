@@ -89,7 +89,7 @@ class PointControls(widgets.VBox):
         ]
         wrapped = {"layout": {"flex_flow": "row wrap"}}
         self.last = widgets.HBox([*self.settings.values()], **wrapped)
-        title = widgets.HTML("methods, and the guidance of each; rest the pointer on a name:")
+        title = widgets.HTML("methods, each with its guidance; a tip on a name says what it is:")
         super().__init__([title, widgets.HBox(pairs, **wrapped), self.last])
 
     @property
