@@ -68,12 +68,10 @@ def unchanged(page) -> bool:
 POINT = "document.querySelector('.js-plotly-plot')?._fullData?.[0]?.x?.[0]"
 
 
-def seconds_until_moving(page) -> float:
-    "From now until a point of the first page's figure is at another place than it was."
-    begun = time.monotonic()
+def wait_until_moving(page) -> None:
+    "Until a point of the first page's figure is at another place than it was."
     first = page.wait_for_function(f"() => {POINT}", timeout=120_000).json_value()
     page.wait_for_function(f"(first) => {POINT} !== first", arg=first)
-    return time.monotonic() - begun
 
 
 def test_a_wheel_has_every_file_of_the_notebooks(installed):
@@ -90,19 +88,21 @@ def test_from_the_command_to_a_finished_tour(browser, installed, tmp_path):
         page.wait_for_function(CELLS)
         page.evaluate(f"() => {CURRENT}.sessionContext.ready")
         page.screenshot(path=tmp_path / "first.png")
-        print(f"the first page is there after {time.monotonic() - begun:.1f} s")
-        assert unchanged(page)
-        for name in ("index.ipynb", "tour.ipynb", "start.ipynb"):
-            open_notebook(page, name)
-            assert unchanged(page), name
+        shown = time.monotonic() - begun
+        assert unchanged(page)  # for one second, in which somebody finds the button
         busy = os.getloadavg()[0] > 2
         page.locator(RUN_CELL).locator("visible=true").first.click()
-        seconds = seconds_until_moving(page)
-        print(f"something moves {seconds:.1f} s after one click; other work on the machine: {busy}")
+        clicked = time.monotonic()
+        wait_until_moving(page)
+        seconds = time.monotonic() - begun
+        print(f"from the command to the first page: {shown:.1f} s; to something that moves, one")
+        print(f"click: {seconds:.1f} s, {time.monotonic() - clicked:.1f} s of them after the click")
         assert seconds < 10 or busy
         page.screenshot(path=tmp_path / "moving.png")
+        for name in ("index.ipynb", "tour.ipynb"):
+            open_notebook(page, name)
+            assert unchanged(page), name
 
-        open_notebook(page, "tour.ipynb")
         begun = time.monotonic()
         run_all(page)
         print(f"the tour took {time.monotonic() - begun:.0f} s")

@@ -252,7 +252,7 @@ DRAG = """async () => {
 
 
 def test_fifty_thousand_vertices_turn_with_every_frame(browser, tmp_path):
-    "Frames per second are printed: 58, see-through 35, on two idle cores in software."
+    "Frames per second are printed: 50, see-through 30, on two idle cores in software."
     house = true_mesh("a blue house", 149)
     assert len(house.vertices) > 50_000
     save_mesh_page(tmp_path / "house.html", {"house": house})

@@ -9,7 +9,6 @@ __all__ = ['open_clip', 'SHIPPED_CLIP', 'GENERAL_CLIP', 'preprocess_images', 'cu
 # %% ../../nbs/75_eval/10_clip.ipynb #d3a08494
 import warnings
 from collections.abc import Callable
-from importlib.resources import files
 from pathlib import Path
 
 import torch
@@ -17,6 +16,7 @@ from huggingface_hub import try_to_load_from_cache
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
+from ..core.assets import asset
 from ..core.lazy_modules import LazyModule
 from ..core.settings import RunError, UsageError
 from ..core.tensors import seeded
@@ -143,8 +143,7 @@ def load_clip(source: str | Path | None = None, device: str | torch.device = "cp
 
     Raises `RunError` where it cannot be loaded, `UsageError` for an unknown name."""
     shipped = source is None
-    place = files("scaledreamer") / "assets" / SHIPPED_CLIP if shipped else source
-    folder = Path(str(place))
+    folder = Path(asset(SHIPPED_CLIP) if shipped else source)
     named = isinstance(source, str) and ":" in source and not folder.exists()
     if not named and (complaint := _folder_complaint(folder)):
         remedy = "give an open_clip folder or a name such as ViT-B-32:openai"
@@ -159,7 +158,7 @@ def load_clip(source: str | Path | None = None, device: str | torch.device = "cp
         whole = "is it whole, and are its weights of the architecture in open_clip_config.json?"
         remedy = "check the network or give a folder" if named else whole
         cause = " ".join(str(error).split())[:160]
-        raise RunError(f"CLIP model {place} cannot be loaded ({cause}); {remedy}") from error
+        raise RunError(f"CLIP model {folder} cannot be loaded ({cause}); {remedy}") from error
     return ClipScorer(model, tokenizer, str(source) if named else folder.name, device)
 
 # %% ../../nbs/75_eval/10_clip.ipynb #05edf954

@@ -7,13 +7,13 @@ __all__ = ['TINY', 'tiny_sd_folder', 'OpenedPipeline', 'open_pipeline']
 
 # %% ../../nbs/30_prior/82_open_pipeline.ipynb #1742a2cc
 from dataclasses import dataclass, replace
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
 from transformers import CLIPTextModel, CLIPTokenizer
 
+from ..core.assets import asset
 from ..core.files import shown_path
 from ..core.settings import RunError, UsageError, shorten
 from ..core.tensors import seeded
@@ -29,7 +29,7 @@ from .single_file import open_single_file
 # %% ../../nbs/30_prior/82_open_pipeline.ipynb #5aa679e3
 def tiny_sd_folder() -> Path:
     "The pipeline folder of the tiny Stable Diffusion that ships with the package."
-    return Path(str(files("scaledreamer"))) / "assets" / "tiny-sd"
+    return asset("tiny-sd")
 
 
 TINY = tiny_sd_folder()

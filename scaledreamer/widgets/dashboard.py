@@ -23,6 +23,7 @@ from ..training.train_settings import MakeGenerator
 from .dashboard_figure import dashboard_figure, static_png, run_facts
 from .dashboard_panel import PAGE, DashboardPanel
 from .folder_source import FolderSource
+from .live_figure import picture_alone
 from .run_source import JobSource
 from .step_viewer import StepViewer
 
@@ -187,10 +188,8 @@ class Dashboard(ControlledView):
             f"{self.panel.head['name']}: {self.state.status}, step {run_facts(self.state)['step']}"
         )
         png = base64.b64encode(static_png(dashboard_figure(self.state))).decode()
-        image = f'<img alt="{html.escape(text)}" src="data:image/png;base64,{png}">'
-        return super()._repr_mimebundle_() | {"text/plain": text, "image/png": png}, {
-            "text/html": f'<div class="{self.panel.twin}">{image}</div>'
-        }
+        bundle = super()._repr_mimebundle_() | {"text/plain": text, "image/png": png}
+        return bundle, picture_alone(self.panel.twin, png, text)
 
     def _ipython_display_(self) -> None:
         for output in self.outputs():

@@ -6,13 +6,13 @@
 __all__ = ['PAGE', 'describe_settings', 'page_words', 'can_inspect', 'curve_note', 'panel_head', 'more_truths', 'DashboardPanel']
 
 # %% ../../nbs/81_widgets/54_dashboard_panel.ipynb #239dc15a
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import anywidget
 import traitlets
 
+from ..core.assets import read_scripts
 from ..core.files import shown_path
 from ..view.run_report import known_metrics
 from .dashboard_figure import run_facts, thin_curves
@@ -91,15 +91,11 @@ def more_truths(
     return found
 
 # %% ../../nbs/81_widgets/54_dashboard_panel.ipynb #fde1dbea
-def _asset(name: str) -> str:
-    return (files("scaledreamer") / "assets/widgets" / name).read_text(encoding="utf-8")
-
-
 class DashboardPanel(anywidget.AnyWidget):
     "What the page draws; clicks come back as messages."
 
-    _esm = _asset("dashboard_chart.js") + _asset("dashboard.js")
-    _css = _asset("dashboard.css")
+    _esm = read_scripts("element.js", "dashboard_chart.js", "dashboard.js")
+    _css = read_scripts("dashboard.css")
     head = traitlets.Dict().tag(sync=True)
     curves = traitlets.Bytes().tag(sync=True)  # `LOGGED_CURVES` of the rows, float32
     captions = traitlets.List().tag(sync=True)  # text and step of each tile; -1: no picture

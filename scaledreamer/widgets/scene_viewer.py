@@ -17,13 +17,13 @@ import traitlets
 from matplotlib.figure import Figure
 from PIL import Image
 
+from ..core.assets import read_scripts
 from ..core.figures import show_images
 from ..core.settings import RunError, UsageError
 from ..field.scene import DensityScene, Scene
 from ..rendering.render_settings import RenderSettings
 from ..training.job import TrainingJob
 from ..training.run import Run
-from ..view.mesh_page import join_scripts
 from .live_figure import PicturedWidget
 from .scene_pictures import BACKGROUNDS, HOME, MODES, ScenePainter, SceneView
 from .scene_pictures import Pictures, encode_png, paint
@@ -40,7 +40,7 @@ LIMITS = {  # least and largest value; the camera stays outside the object, and 
 class SceneCanvas(PicturedWidget):
     "The camera and the pictures of a page that shows a scene."
 
-    _esm = join_scripts("orbit.js", "scene.js")
+    _esm = read_scripts("element.js", "orbit.js", "scene.js")
     azimuth = traitlets.Float(HOME["azimuth"]).tag(sync=True)  # degrees
     elevation = traitlets.Float(HOME["elevation"]).tag(sync=True)  # degrees, from -90 to 90
     distance = traitlets.Float(HOME["distance"]).tag(sync=True)  # world units

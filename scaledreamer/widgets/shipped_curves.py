@@ -10,7 +10,6 @@ import json
 import threading
 from collections.abc import Callable, Mapping
 from functools import cache
-from importlib.resources import files
 
 import torch
 from jaxtyping import Float, Int
@@ -18,6 +17,7 @@ from safetensors.torch import load as load_tensors
 from torch import Tensor
 
 from ..camera.poses import orbit
+from ..core.assets import asset
 from ..core.settings import UsageError
 from ..noise_error.error import ErrorCurve
 from ..noise_error.measure import ImageBatch, measure_curve
@@ -54,7 +54,7 @@ class LazyX0:
         return self._tables[text](text, t)
 
 # %% ../../nbs/81_widgets/22_shipped_curves.ipynb #efce7ec9
-CURVES = files("scaledreamer") / "assets/curves"
+CURVES = asset("curves")
 
 
 def _tiny_latents() -> dict[str, Float[Tensor, "4 h w"]]:

@@ -13,7 +13,6 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,6 +24,7 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
+from ..core.assets import read_scripts
 from ..core.figures import figure_style, to_pixels
 from ..training.checkpoints import checkpoint_steps
 from ..training.job import ENDED, TrainingJob
@@ -189,7 +189,7 @@ def _png(picture: Float[Tensor, "3 h w"], most: int = 256) -> bytes:
 class StepState(anywidget.AnyWidget):
     "What a page draws of a step viewer."
 
-    _esm = (files("scaledreamer") / "assets/widgets/step_viewer.js").read_text(encoding="utf-8")
+    _esm = read_scripts("element.js", "step_viewer.js")
     steps = traitlets.List(traitlets.Int()).tag(sync=True)  # that were recorded
     step = traitlets.Int(-1).tag(sync=True)  # the chosen one; -1: the newest
     image = traitlets.Int(0).tag(sync=True)  # of the batch

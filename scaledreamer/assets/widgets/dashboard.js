@@ -6,12 +6,6 @@ const NAMES = ["step", "gradient_norm", "gradient_norm_low", "gradient_norm_high
 const KINDS = { starting: "active", training: "active", stopping: "active", finished: "done",
   failed: "wrong", gone: "wrong", "no run": "wrong" };
 
-const make = (name, properties = {}, ...children) => {
-  const element = Object.assign(document.createElement(name), properties);
-  element.append(...children);
-  return element;
-};
-
 const setText = (element, text) => { // what is unchanged is not touched
   if (element.textContent !== text) element.textContent = text;
 };
@@ -20,7 +14,7 @@ const CHARTS = () => [
   new Chart("", [{ name: "gradient_norm", label: "gradient norm", color: "var(--one)",
     low: "gradient_norm_low", high: "gradient_norm_high" }], true),
   new Chart("", [
-    { name: "error_t", label: "noise error at t", color: "var(--one)", width: 2.6 }, // both may coincide
+    { name: "error_t", label: "noise error at t", color: "var(--one)", width: 2.6 },
     { name: "error_t_shifted", label: "at t + dt", color: "var(--two)", width: 1 }], true,
   "Noise at a lower t is harder to predict, so both rise as the timesteps anneal: only the " +
   "difference of t and t + dt matters."),

@@ -111,9 +111,8 @@ class MeshView extends OrbitView {
   }
 
   save() {
-    const values = this.unsent;
+    Object.entries(this.unsent).forEach(([name, value]) => this.model.set(name, value));
     [this.saving, this.unsent] = [null, {}];
-    Object.entries(values).forEach(([name, value]) => this.model.set(name, value));
     this.model.save_changes();
   }
 
@@ -134,13 +133,14 @@ class MeshView extends OrbitView {
     this.rest = setTimeout(() => this.next(devicePixelRatio < 2 ? 2 : 1), 150);
   }
 
-  next(scale) {
-    cancelAnimationFrame(this.frame);
-    this.frame = requestAnimationFrame(() => this.draw(scale));
+  next(scale) { // one drawing per frame of the browser
+    this.scale = scale;
+    this.frame ??= requestAnimationFrame(() => this.draw());
   }
 
-  draw(scale) {
-    const { model } = this, [azimuth, elevation, distance, mode, shown] = STATE.map((name) =>
+  draw() {
+    this.frame = null;
+    const { model, scale } = this, [azimuth, elevation, distance, mode, shown] = STATE.map((name) =>
       this.get(name));
     for (const name of shown) {
       const { canvas } = this.panels.get(name) ?? {}, mesh = this.meshes.get(name);

@@ -5,13 +5,6 @@ const NEAREST = 0.75, FARTHEST = 2.5; // of the first distance
 const TURNS = { ArrowLeft: [-5, 0], ArrowRight: [5, 0], ArrowUp: [0, 5], ArrowDown: [0, -5] };
 const ZOOMS = { "+": 0.9, "=": 0.9, "-": 1 / 0.9, _: 1 / 0.9 };
 
-function make(tag, properties = {}, ...children) {
-  const element = Object.assign(document.createElement(tag), properties);
-  element.append(...children);
-  element.setAttribute("data-lm-suppress-shortcuts", "true"); // JupyterLab's own arrow keys
-  return element;
-}
-
 class OrbitView { // has a model, a stage in which one drags, get(name) and set(values)
   steer() {
     let last = null;

@@ -30,13 +30,6 @@ const SHOWN = ["steps", "step", "image", "prompts", "shown", "labels", "pictures
   "message", "failed"];
 const REFRESH = 3000; // milliseconds between two looks for new steps of a run that trains
 
-function make(tag, properties = {}, ...children) {
-  const element = Object.assign(document.createElement(tag), properties);
-  element.append(...children);
-  element.setAttribute("data-lm-suppress-shortcuts", "true"); // JupyterLab's own arrow keys
-  return element;
-}
-
 function set(model, name, value) {
   model.set(name, value);
   model.save_changes();
