@@ -298,7 +298,10 @@ def start(page, index: int) -> None:
 
 
 def shows(page, index: int, text: str) -> None:
-    until(lambda: page.wait_for_timeout(100) or text in output(page, index))
+    end = time.monotonic() + 60
+    while text not in output(page, index):
+        assert time.monotonic() < end, f"cell {index} has no {text!r}: {output(page, index)}"
+        page.wait_for_timeout(100)
 
 
 def test_a_notebook_trains_is_interrupted_and_goes_on(browser, lab, tmp_path):

@@ -121,12 +121,22 @@ class FigureView {
     this.soon();
   }
 
-  soon() {
+  soon() { // one drawing at a time: plotly's are asynchronous
+    this.stale = true;
     if (!this.frame && this.alive) this.frame = requestAnimationFrame(() => this.draw());
   }
 
   async draw() {
-    this.frame = 0;
+    this.stale = false;
+    try {
+      await this.paint();
+    } finally {
+      this.frame = 0;
+    }
+    if (this.stale) this.soon();
+  }
+
+  async paint() {
     if (!this.plotly || !this.alive || !this.plot.clientWidth) return;
     this.plot.setAttribute("aria-label", this.model.get("alt"));
     await this.plotly.react(this.plot, ...drawing(this.model, this.plot));
