@@ -135,7 +135,7 @@ def test_models_that_cannot_be_loaded(folder, tmp_path, monkeypatch):
     assert refusal("ViT-L-14:mine").startswith(
         "UsageError: CLIP model 'ViT-L-14:mine' is not known to open_clip: its weights are openai"
     )
-    monkeypatch.setattr(clip_module, "files", lambda package: tmp_path)
+    monkeypatch.setattr(clip_module, "asset", lambda path: tmp_path / "assets" / path)
     assert "install the package again" in refusal(None)
 
 
