@@ -278,7 +278,7 @@ THEIRS = "import matplotlib.pyplot as plt\nplt.plot([1, 2])\nNone"
 STARTS = (
     "from scaledreamer.core.settings import from_json\n"
     "settings = from_json(sd.TrainSettings, {settings!r})\n"
-    "job = sd.train('car', settings)\njob"
+    "job = sd.train('interrupted', settings)\njob"
 )
 
 
@@ -326,7 +326,7 @@ def test_a_notebook_trains_is_interrupted_and_goes_on(browser, lab, tmp_path):
             shows(page, 5, "stopped")
             assert '"error"' not in output(page, waiting) + output(page, 2)
             page.screenshot(path=tmp_path / f"interrupted_{waiting}.png")
-        steps = checkpoint_steps(lab.home / "car/checkpoints")
+        steps = checkpoint_steps(lab.home / "interrupted/checkpoints")
         assert len(steps) == 2
         start(page, 2)  # goes on; then another cell is interrupted, which the job does not notice
         start(page, 6)
@@ -336,4 +336,4 @@ def test_a_notebook_trains_is_interrupted_and_goes_on(browser, lab, tmp_path):
         start(page, 5)
         shows(page, 5, "training")
         page.evaluate("() => window.jupyterapp.shell.currentWidget.sessionContext.shutdown()")
-        until(lambda: len(checkpoint_steps(lab.home / "car/checkpoints")) == 3)
+        until(lambda: len(checkpoint_steps(lab.home / "interrupted/checkpoints")) == 3)
