@@ -15,7 +15,8 @@ import tyro
 from .shared import check_place
 from ..core.settings import Interval, check_ranges
 from ..recipes.tiny_clip import make_tiny_clip
-from ..recipes.tiny_sd_training import RecipeSettings, make_tiny_sd
+from ..recipes.tiny_sd_recipe import make_tiny_sd
+from ..recipes.tiny_sd_training import RecipeSettings
 
 # %% ../../nbs/90_commands/33_make_prior.ipynb #01d3d724
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from ..core.progress import progress_bar
 from ..core.tensors import seeded
 from ..toybox.captions import CAPTION
 from ..toybox.objects import COLORS, SHAPES
-from ..toybox.render_sets import RenderSet, make_renders
+from ..toybox.render_sets import RenderPlan, RenderSet, make_renders
 
 # %% ../../nbs/82_recipes/30_tiny_clip.ipynb #2c38c493
 CONFIG = {
@@ -158,7 +158,7 @@ def make_tiny_clip(
     show: bool = True,  # progress bars
 ) -> Path:
     "Render, train and save; returns the open_clip folder `folder/tiny-clip`."
-    make_renders(folder / "renders", images, seed=22, views=6, show=show)
+    make_renders(folder / "renders", images, RenderPlan(seed=22, views=6), show=show)
     with seeded(1):
         model = make_clip()
     train_clip(model, RenderSet(folder / "renders"), steps, show=show)
