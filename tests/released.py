@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from scaledreamer.rendering.ray_samples import Jitter
 from scaledreamer.rendering.render_settings import RELEASE
 from scaledreamer.rendering.volume import render
 
@@ -39,9 +40,10 @@ def formula(key, count, salt, offset, amplitude):
 
 
 def stratified(monkeypatch, tensors):
-    "The fixture's draws in place of random numbers."
+    "The fixture's draws in place of random numbers, and as those of one render."
     draws = torch.stack([tensors["train/bias_coarse"], tensors["train/bias_fine"]])
     monkeypatch.setattr(torch, "rand", lambda *shape, **_: draws.view(shape))
+    return Jitter(draws.view(2, 1, -1), None)
 
 
 def same_pictures(out, tensors, mode, image):

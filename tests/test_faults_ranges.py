@@ -109,7 +109,8 @@ def test_every_number_has_a_range(command, option, cls, each, hint):
 def helps():
     "The help of each command as one line, by command and preset."
     found = {}
-    for command, more in [(name, []) for name in cli.COMMANDS] + [("train", ["--preset", "paper"])]:
+    presets = [("train", ["--preset", name]) for name in ("paper", "paper-triplane")]
+    for command, more in [*((name, []) for name in cli.COMMANDS), *presets]:
         with contextlib.redirect_stdout(io.StringIO()) as out, pytest.raises(SystemExit):
             with mock.patch.dict(os.environ, {"COLUMNS": "100"}):
                 cli.parse([command, *more, "--help"])

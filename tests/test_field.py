@@ -18,8 +18,8 @@ from scaledreamer.field.background import (
     BackgroundAugmentation,
     EnvironmentMap,
     SolidBackground,
-    augment_background,
     prompted_colors,
+    sample_backgrounds,
 )
 from scaledreamer.field.density import released_beta, volsdf_density
 from scaledreamer.field.hash_grid import HashGrid, HashGridSettings, spherical_harmonics
@@ -328,19 +328,31 @@ def test_density_of_nothing_and_of_extremes():
 # backgrounds --------------------------------------------------------------------------------------
 
 
-def test_random_backgrounds_come_again():
-    background = torch.rand(4, 3, 3, 5, 6, generator=make_rng(0))
-    for each in (False, True):
-        for share in (False, True):
-            augmentation = BackgroundAugmentation(0.7, each, share)
-            first, again = (
-                augment_background(background, augmentation, make_rng(3)) for _ in range(2)
-            )
-            assert torch.equal(first, again) and first.shape == background.shape
-            assert (0 <= first).all() and (first <= 1).all()
-            kept = (first == background).all((2, 3, 4))
-            flat = (first.amax((-2, -1)) == first.amin((-2, -1))).all(-1)
-            assert torch.equal(kept, ~flat)  # each image is the old one or one colour
+@pytest.mark.parametrize("colors", ["mixed", "uniform"])
+@pytest.mark.parametrize("share", [False, True])
+@pytest.mark.parametrize("each", [False, True])
+def test_backgrounds_are_replaced_in_groups(each, share, colors):
+    settings = BackgroundAugmentation(0.7, colors, each, share)
+    (color, replaced), (same, again) = (
+        sample_backgrounds(settings, 40, 3, make_rng(3)) for _ in range(2)
+    )
+    assert torch.equal(color, same) and torch.equal(replaced, again)
+    assert color.shape == (40, 3, 3, 1, 1) and replaced.shape == (40, 3, 1, 1, 1)
+    assert (0 <= color).all() and (color <= 1).all()
+    assert torch.equal(color, color[:, :1].expand_as(color)) == share
+    groups = replaced.flatten(1).sum(1).unique().tolist()
+    assert set(groups) <= ({0, 3} if share or not each else {0, 1, 2, 3})
+    assert (len(groups) > 1) == each and (not share or not each or groups == [0, 3])
+
+
+def test_a_default_background_draws_what_it_always_drew():
+    rng, kinds = make_rng(5), make_rng(5)
+    color, replaced = sample_backgrounds(BackgroundAugmentation(), 2, 3, rng)
+    kind = torch.randint(0, 3, (6, 1), generator=kinds)
+    rgb, grey = torch.rand(6, 3, generator=kinds), torch.rand(6, 1, generator=kinds)
+    want = torch.where(kind == 0, 1.0, torch.where(kind == 1, grey, rgb))
+    assert torch.equal(color, want.view(2, 3, 3, 1, 1)) and replaced.all()
+    assert torch.equal(rng.get_state(), kinds.get_state())
 
 
 def test_prompts_of_a_prompted_map_do_not_mix():

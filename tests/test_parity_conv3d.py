@@ -157,9 +157,9 @@ def test_render():
 
 def test_render_with_gradients(monkeypatch):
     meta, t, scene, rays, image, model = render_fixture()
-    stratified(monkeypatch, t)
+    jitter = stratified(monkeypatch, t)
     with torch.no_grad():
-        samples = place_samples(scene, *rays.flat(), RELEASE, torch.Generator())
+        samples = place_samples(scene, *rays.flat(), RELEASE, jitter)
     torch.testing.assert_close(samples.midpoints[0], t["train/t_points"], rtol=0, atol=2e-4)
     check_train(scene, rays, meta, t, image)
     ours, matched = dict(model.named_parameters()), set()

@@ -205,9 +205,9 @@ def test_released_render_stratified_with_gradients(monkeypatch):
 def test_released_samples_and_their_gradients(monkeypatch):
     data, scene, rays, settings, _ = hyper_fixture()
     info, _ = fixture("05b_render_hyper")
-    stratified(monkeypatch, data)
+    jitter = stratified(monkeypatch, data)
     with torch.no_grad():
-        samples = place_samples(scene, *rays.flat(), settings, torch.Generator())
+        samples = place_samples(scene, *rays.flat(), settings, jitter)
         torch.testing.assert_close(samples.midpoints[0], data["train/t_points"], rtol=0, atol=2e-4)
         torch.testing.assert_close(
             samples.edges[0].diff(dim=-1), data["train/t_intervals"], rtol=0, atol=4e-4

@@ -47,7 +47,7 @@ class Steps:
     def __init__(self, run: Run):
         self.run = run
         self.texts = run.prior.encode_text([prompt.text for prompt in run.train_prompts])
-        run.optimizer = training.make_adam(run.settings, run.generator)
+        run.optimizer = training.make_optimizer(run.settings, run.generator)
 
     def __call__(self) -> LazyMetrics:
         metrics = training.training_step(self.run, self.texts)

@@ -35,7 +35,9 @@ class Train:
     # timesteps, loss weights) go on as those of a run of that length
     resume: bool = False
     # preset whose settings are the defaults of the other options
-    preset: Literal["toybox", "paper"] = "toybox"
+    preset: Literal["toybox", "triplane", "paper", "paper-triplane", "paper-triplane-1gpu"] = (
+        "toybox"
+    )
     # CLIP model of the evaluation: open_clip folder, NAME:PRETRAINED or tiny-clip; None: tiny-clip
     # for a prior of Toybox, otherwise ViT-L-14:openai if it was downloaded before
     clip: str | None = None

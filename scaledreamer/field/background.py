@@ -4,18 +4,20 @@
 
 # %% auto #0
 __all__ = ['RGB', 'WHITE', 'GREY', 'BLACK', 'SHARP_GRID', 'HYPER_GRID', 'SolidBackground', 'wide_sigmoid', 'EnvironmentMap',
-           'prompted_colors', 'prompted_environment', 'BackgroundAugmentation', 'augment_background']
+           'prompted_colors', 'prompted_environment', 'BackgroundAugmentation', 'random_backgrounds',
+           'sample_backgrounds']
 
 # %% ../../nbs/50_field/50_background.ipynb #941c4299
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Literal
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from ..core.settings import UsageError
+from ..core.settings import Interval, UsageError, check_ranges
 from .hash_grid import Backend, HashGrid, HashGridSettings, spherical_harmonics
 
 # %% ../../nbs/50_field/50_background.ipynb #d3408cb8
@@ -98,26 +100,43 @@ def prompted_environment(
 # %% ../../nbs/50_field/50_background.ipynb #9104c896
 @dataclass(frozen=True)
 class BackgroundAugmentation:
-    "When a random colour replaces the background."
+    "When a random colour replaces the generator's own background in training."
 
-    probability: float = 0.5  # of a replacement; the release: 0.5, Hyper-iNGP 0.2, triplanes 0
-    each_image: bool = False  # a coin per image (with `share_views` per prompt); False: per batch
-    share_views: bool = False  # one colour for all views of a prompt
+    # chance that a random colour replaces the background of the generator, from 0 to 1
+    probability: float = 1.0
+    # mixed: white, grey or coloured, a third each, as in Toybox's renders; uniform: any, as in the
+    # release
+    colors: Literal["mixed", "uniform"] = "mixed"
+    each_image: bool = False  # replace single images, not all or none of a step
+    share_views: bool = False  # give all views of a prompt the same colour
 
     def __post_init__(self):
-        if not 0 <= self.probability <= 1:
-            raise UsageError(
-                f"BackgroundAugmentation: probability {self.probability} must lie in [0, 1]"
-            )
+        check_ranges(self, probability=Interval(0, 1))
 
 
-def augment_background(
-    background: Float[Tensor, "b v 3 h w"],  # RGB
+def random_backgrounds(
+    count: int, rng: torch.Generator, colors: Literal["mixed", "uniform"] = "mixed"
+) -> Float[Tensor, "n 3"]:
+    "RGB in [0, 1]: uniform, or white, grey or coloured with probability 1/3 each."
+    if colors == "uniform":
+        return torch.rand(count, 3, generator=rng)
+    kind = torch.randint(0, 3, (count, 1), generator=rng)
+    color = torch.rand(count, 3, generator=rng)
+    grey = torch.rand(count, 1, generator=rng)
+    return torch.where(kind == 0, torch.ones(()), torch.where(kind == 1, grey, color))
+
+# %% ../../nbs/50_field/50_background.ipynb #e3d204a3
+def sample_backgrounds(
     settings: BackgroundAugmentation,
+    prompts: int,  # b
+    views: int,  # v, per prompt
     rng: torch.Generator,
-) -> Float[Tensor, "b v 3 h w"]:
-    "`background` with images replaced by a uniform random colour each; for training only."
-    b, v = background.shape[0], 1 if settings.share_views else background.shape[1]
-    draw = lambda *shape: torch.rand(*shape, generator=rng, device=rng.device).to(background)
-    coins = draw(b, v, 1, 1, 1) if settings.each_image else draw(1, 1, 1, 1, 1)
-    return torch.where(coins < settings.probability, draw(b, v, 3, 1, 1), background)
+) -> tuple[Float[Tensor, "b v 3 1 1"], Bool[Tensor, "b v 1 1 1"]]:
+    "Colours of a batch, and whether each replaces the background of its image."
+    shape = prompts, 1 if settings.share_views else views
+    colors = random_backgrounds(shape[0] * shape[1], rng, settings.colors).view(*shape, 3, 1, 1)
+    replaced = torch.ones(1, 1, 1, 1, 1, dtype=torch.bool)
+    if settings.probability < 1:
+        coins = torch.rand(*(shape if settings.each_image else (1, 1)), 1, 1, 1, generator=rng)
+        replaced = coins < settings.probability
+    return colors.expand(-1, views, -1, -1, -1), replaced.expand(prompts, views, -1, -1, -1)

@@ -35,7 +35,8 @@ def release_render_bytes(
     text = TextEmbedding(tokens, torch.randn(1, width, generator=rng))
     rays = camera_rays(sample_cameras(settings.cameras, 1, 1, rng), side, side)
     with LiveBytes() as live:
-        rendering = render(make_scenes(network, text, rng), rays, settings.render, rng=rng)
+        z = torch.randn(len(text.tokens), network.noise, generator=rng)
+        rendering = render(make_scenes(network, text, z), rays, settings.render, rng=rng)
         kept = live.now
         rendering.rgb.sum().backward()
     return kept, live.peak, weights(network)

@@ -84,18 +84,15 @@ def sample_gradients(
     values: Float[Tensor, "b s"],
     keep: Bool[Tensor, "b s"],  # significant samples
     settings: RenderSettings,
-    rng: torch.Generator | None,
+    shifts: Float[Tensor, "b k"] | None,  # of a `Jitter`, without normals; None: 0.5
 ) -> tuple[Int64[Tensor, "b k"], Bool[Tensor, "b k"], Float[Tensor, "b k 3"]]:
     """Samples in the scene's cube, which are not padding, and their outward field gradients.
 
     All significant samples with normals, else `settings.eikonal_samples` per prompt."""
     keep = keep & (points.abs().amax(-1) <= scene.radius)
     if settings.normals == "none":
-        count, shift = settings.eikonal_samples, 0.5
-        if rng is not None:
-            drawn = torch.rand(len(points), count, generator=rng, device=rng.device)
-            shift = to_device(drawn, points)
-        index, valid = subsample(keep, count, shift)
+        shift = 0.5 if shifts is None else to_device(shifts, points)
+        index, valid = subsample(keep, settings.eikonal_samples, shift)
     else:
         index, valid = compact(keep)
     method = "autograd" if settings.normals == "autograd" else "finite"

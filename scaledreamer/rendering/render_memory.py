@@ -17,7 +17,7 @@ from ..camera.rays import camera_rays
 from ..core.counters import LiveBytes
 from ..core.tensors import make_rng
 from ..field.scene import DensityScene, Scene
-from .ray_samples import place_samples
+from .ray_samples import draw_jitter, place_samples
 from .render_settings import RenderSettings
 from .volume import render
 
@@ -35,10 +35,11 @@ def measure_render_bytes(
     "Peak bytes of a render and its backward pass to `weights`, and its number of rays."
     device = next(iter(weights)).device
     rays = camera_rays(cameras, side, side).to(device)
+    jitter = draw_jitter(settings, *rays.flat()[0].shape[:2], make_rng(0))
     with torch.no_grad():
-        count = place_samples(make(), *rays.flat(), settings, make_rng(0)).index.numel()
+        count = place_samples(make(), *rays.flat(), settings, jitter).index.numel()
     with LiveBytes() as held:
-        out = render(make(), rays, settings, rng=make_rng(0))
+        out = render(make(), rays, settings, rng=jitter)
         total = out.rgb.sum() + (0 if out.sdf_gradient is None else out.sdf_gradient.sum())
         torch.autograd.grad(total, list(weights), allow_unused=True)
     return held.peak, count

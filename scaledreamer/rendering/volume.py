@@ -23,7 +23,7 @@ from ..field.scene import DensityScene, Scene
 from .compositing import composite
 from .query import is_significant, query_scene
 from .query import sample_gradients, sample_weights
-from .ray_samples import Samples, place_samples
+from .ray_samples import Jitter, Samples, draw_jitter, place_samples
 from .render_settings import BatchedField, RenderSettings, proposal_cache
 from .rows import gather_rows, scatter_rows
 from .sampling import along
@@ -127,7 +127,7 @@ def render(
     rays: Rays,
     settings: RenderSettings = RenderSettings(),
     background: Float[Tensor, "#b #v 3 #h #w"] | None = None,  # None: the scene's own
-    rng: torch.Generator | None = None,  # stratified samples; None: deterministic
+    rng: torch.Generator | Jitter | None = None,  # stratified samples; None: deterministic
     lookup: BatchedField | None = None,  # proposal: probed in place of a new grid of the scene
 ) -> Rendering:
     """Images of every view of every prompt, differentiable in the scene and the background.
@@ -136,11 +136,13 @@ def render(
     origins, directions = rays.flat()
     behind = rays.image(scene.background(directions)) if background is None else background
     behind = behind.expand(*rays.shape[:2], 3, *rays.shape[2:])
-    samples = place_samples(scene, origins, directions, settings, rng, lookup)
+    drawn = isinstance(rng, torch.Generator)
+    jitter = draw_jitter(settings, *origins.shape[:2], rng) if drawn else rng
+    samples = place_samples(scene, origins, directions, settings, jitter, lookup)
     flat, values, weights, *found = render_rays_chunked(scene, samples, settings)
     if settings.eikonal_samples and not found:
         keep, points = is_significant(weights, settings), samples.points()
-        found = sample_gradients(scene, points, values, keep, settings, rng)
+        found = sample_gradients(scene, points, values, keep, settings, jitter and jitter.gradients)
     gradients = gradient_samples(samples, weights, *found) if found else {}
     image = rays.image(scatter_rows(flat, samples.index, origins.shape[1]))
     color, sums = image[:, :, :-3], image[:, :, -3:]

@@ -27,22 +27,32 @@ from ..distill.vsd import EstimatorTrainer
 
 # %% ../../nbs/70_training/30_checkpoints.ipynb #394a0a9a
 _ADAM = ("step", "exp_avg", "exp_avg_sq")  # its state for one parameter
+_ADAN = ("step", "exp_avg", "exp_avg_sq", "exp_avg_diff", "neg_pre_grad")
+
+
+def _counts_by_group(optimizer: torch.optim.Optimizer) -> bool:
+    "Whether its parameters share a step count: those of Adan."
+    return len(optimizer.param_groups[0].get("betas", ())) == 3
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     "The state of an optimiser, as `<number of the parameter>.<name>` tensors."
-    state = optimizer.state_dict()["state"]
+    state, counts = optimizer.state_dict(), {}
+    for group in state["param_groups"]:
+        if "step" in group:
+            counts |= {i: {"step": group["step"]} for i in group["params"]}
     return {
         f"{i}.{name}": torch.as_tensor(value).contiguous()
-        for i, entry in state.items()
-        for name, value in entry.items()
+        for i, entry in state["state"].items()
+        for name, value in (counts.get(i, {}) | entry).items()
     }
 
 
 def _check_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-    "Raises `ValueError` unless the tensors are states of Adam for parameters of these shapes."
+    "Raises `ValueError` unless the tensors are states of it for parameters of these shapes."
     weights = [weight for group in optimizer.param_groups for weight in group["params"]]
-    known = {f"{i}.{name}": weight for i, weight in enumerate(weights) for name in _ADAM}
+    names = _ADAN if _counts_by_group(optimizer) else _ADAM
+    known = {f"{i}.{name}": weight for i, weight in enumerate(weights) for name in names}
     for key, value in tensors.items():
         if key not in known:
             raise ValueError(f"{key} is in the file, and no state of the optimiser")
@@ -52,11 +62,11 @@ def _check_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor
             ours = tuple(known[key].shape)
             raise ValueError(f"{key} is {tuple(value.shape)} in the file and {ours} in the network")
     for i in {key.split(".")[0] for key in tensors}:
-        for name in _ADAM:
+        for name in names:
             if f"{i}.{name}" not in tensors:
                 raise ValueError(f"{i}.{name} is missing")
 
-
+# %% ../../nbs/70_training/30_checkpoints.ipynb #f9736a25
 def load_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
     "The inverse of `optimizer_tensors`. Raises `ValueError` for tensors of another optimiser."
     _check_optimizer(optimizer, tensors)
@@ -65,6 +75,10 @@ def load_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor])
         i, name = key.split(".", 1)
         state.setdefault(int(i), {})[name] = value
     groups = optimizer.state_dict()["param_groups"]
+    if _counts_by_group(optimizer):
+        for group in groups:
+            counts = [int(state[i].pop("step")) for i in group["params"] if i in state]
+            group |= {"step": max(counts)} if counts else {}
     optimizer.load_state_dict({"state": state, "param_groups": groups})
 
 # %% ../../nbs/70_training/30_checkpoints.ipynb #fd6d4f77

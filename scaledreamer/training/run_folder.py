@@ -87,7 +87,7 @@ def read_run_settings(folder: Path) -> TrainSettings:
 
 # %% ../../nbs/70_training/45_run_folder.ipynb #aea9bda1
 _FREE = {"steps", "log_every", "validate_every", "checkpoint_every", "device", "corpus", "prompt"}
-_FREE |= {f"render.{name}_rays_per_chunk" for name in ("train", "eval")}
+_FREE |= {f"render.{name}_rays_per_chunk" for name in ("train", "eval")} | {"optim.accumulate"}
 _FREE |= {f"prior_settings.{name}" for name in ("dtype", "channels_last", "compile", "graphs")}
 _FREE |= {f"prior_settings.{name}" for name in ("shared_text", "vae_checkpoint")}
 _BEFORE_CHECKPOINT = {"config.json", "prompts.jsonl", "metrics.jsonl", "import.json"}
