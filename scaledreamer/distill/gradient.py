@@ -21,7 +21,7 @@ Weight = Callable[[NoiseSchedule, Tensor], Tensor]  # omega(t) [b] of timesteps 
 
 def sds_weight(schedule: NoiseSchedule, t: Int[Tensor, " b"]) -> Float[Tensor, " b"]:
     "The variance of the noise, sigma_t^2."
-    return 1 - schedule.abar(t)
+    return schedule.variance(t)
 
 
 def uniform_weight(schedule: NoiseSchedule, t: Int[Tensor, " b"]) -> Float[Tensor, " b"]:
@@ -31,7 +31,7 @@ def uniform_weight(schedule: NoiseSchedule, t: Int[Tensor, " b"]) -> Float[Tenso
 
 def fantasia3d_weight(schedule: NoiseSchedule, t: Int[Tensor, " b"]) -> Float[Tensor, " b"]:
     "The variance of the noise times the scale of the image, alpha_t sigma_t^2."
-    return schedule.abar(t).sqrt() * (1 - schedule.abar(t))
+    return schedule.abar(t).sqrt() * schedule.variance(t)
 
 # %% ../../nbs/35_distill/10_gradient.ipynb #74f47cd3
 def prescribed_gradient_loss(

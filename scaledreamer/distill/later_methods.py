@@ -76,8 +76,8 @@ def sds_bridge(
 # %% ../../nbs/35_distill/70_later_methods.ipynb #bd1f58fb
 def _added_noise(schedule: NoiseSchedule, at: Tensor, to: Tensor, eta: float) -> Tensor:
     "Standard deviation of the noise that a stochastic DDIM step from `at` to `to` adds, [b]."
-    before, after = schedule.abar(at), schedule.abar(to)
-    return eta * ((1 - before) / (1 - after) * (1 - after / before)).sqrt()
+    kept = schedule.variance(at) / schedule.variance(to)
+    return eta * (kept * schedule.added_variance(at, to)).sqrt()
 
 
 def invert(

@@ -58,7 +58,8 @@ def sds_share(
 ) -> float:
     "c: the shift term relative to SDS at guidance 1, if the mean of x_0 is the same at all u."
     W, plain = shift_weights(shift, schedule, window, weight)
-    ratio = (schedule.alphas_cumprod / (1 - schedule.alphas_cumprod)).sqrt().double()
+    t = torch.arange(schedule.steps)
+    ratio = (schedule.abar(t) / schedule.variance(t)).sqrt().double()
     return float((W @ ratio) / (plain @ ratio))
 
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PREDICTION_TYPES', 'check_safetensors', 'check_pickle', 'weight_files', 'load_network', 'load_tokenizer',
-           'load_scheduler']
+           'load_scheduler', 'load_t5_tokenizer', 'load_flow_scheduler']
 
 # %% ../../nbs/30_prior/66_pipeline_parts.ipynb #fca870c4
 import json
@@ -17,11 +17,12 @@ import diffusers
 import torch
 from safetensors import safe_open
 from torch import nn
-from transformers import CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTokenizer, PreTrainedModel, PreTrainedTokenizerBase, T5TokenizerFast
 
 from ..core.files import parse_json, read_json, read_regular_file, read_text_file
 from ..core.files import shown_path
 from ..core.settings import RunError, UsageError, shorten
+from .flow_schedule import FLOW_SCHEDULERS, flow_from_diffusers
 from .pipeline_configs import REMEDY, check_sizes, loading
 from .pipeline_index import SCHEDULERS
 from .pipeline_source import weight_kinds, weights_kind
@@ -82,7 +83,7 @@ def load_network(cls: Any, folder: Path, variant: str | None = None) -> nn.Modul
     check_sizes(file, config)
     (found, suffix), _ = weight_files(folder, variant)
     options = {"variant": found or None, "use_safetensors": suffix == "safetensors"}
-    if cls is CLIPTextModel:
+    if issubclass(cls, PreTrainedModel):
         options |= {"weights_only": True, "ignore_mismatched_sizes": True}  # they are listed
     with loading(file, cls, config):
         model, info = cls.from_pretrained(
@@ -209,6 +210,43 @@ def load_scheduler(
         scheduler = cls.from_config({**config, "_class_name": name})
     try:
         from_diffusers(scheduler)
+    except UsageError as error:
+        raise UsageError(f"{shown_path(file)}: {error}") from None
+    return scheduler
+
+# %% ../../nbs/30_prior/66_pipeline_parts.ipynb #19e52f53
+def load_t5_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    "The T5 tokenizer of a folder, from its tokenizer.json. Raises `RunError` for damaged files."
+    if folder.is_dir() and not (folder / "tokenizer.json").is_file():
+        raise RunError(f"{shown_path(folder)} has no tokenizer.json: copy or download it again")
+    config = _tokenizer_files(folder)
+    with loading(folder / "tokenizer.json", T5TokenizerFast, config):
+        return T5TokenizerFast.from_pretrained(str(folder), local_files_only=True)
+
+
+def load_flow_scheduler(
+    folder: Path,
+    name: str,  # one of `FLOW_SCHEDULERS`
+) -> Any:  # the scheduler of diffusers
+    "The scheduler of a flow. Raises `UsageError` or `RunError` as the others do."
+    file = folder / "scheduler_config.json"
+    config = read_json(file, dict, RunError, "copy or download it again")
+    steps, shift = config.get("num_train_timesteps", 1000), config.get("shift", 1.0)
+    dynamic = config.get("use_dynamic_shifting", False)
+    for key, value, fits, expected in (
+        ("_class_name", config.get("_class_name", name), FLOW_SCHEDULERS.__contains__, name),
+        ("num_train_timesteps", steps, lambda x: type(x) is int and 2 <= x <= 10**6, "2 to 10^6"),
+        ("shift", shift, lambda x: type(x) in (int, float) and 0 < x < 1e4, "a number above 0"),
+        ("use_dynamic_shifting", dynamic, lambda x: type(x) is bool, "true or false"),
+    ):
+        if not fits(value):
+            found = shorten(value, json.dumps)
+            raise UsageError(f"{shown_path(file)}: {key} is {found}: expected {expected}")
+    cls = getattr(diffusers, name)
+    with loading(file, cls, config):
+        scheduler = cls.from_config({**config, "_class_name": name})
+    try:
+        flow_from_diffusers(scheduler)
     except UsageError as error:
         raise UsageError(f"{shown_path(file)}: {error}") from None
     return scheduler

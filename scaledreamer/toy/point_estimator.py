@@ -53,7 +53,7 @@ class PointEstimator(nn.Module):
         level = [alpha, sigma, (alpha / sigma).log() / 4]
         pose = x_t.new_zeros(len(x_t), 16) if camera is None else camera.to(x_t)
         features = [x_t, angle.sin(), angle.cos(), *level, tokens[:, 0].to(x_t), pose]
-        return sigma * x_t + alpha * self.net(torch.cat(features, 1))
+        return self.schedule.eps_from_v(x_t, self.net(torch.cat(features, 1)), t)
 
 # %% ../../nbs/45_toy/60_point_estimator.ipynb #de626537
 class TrainsEstimator:
