@@ -17,9 +17,12 @@ from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
 from jaxtyping import Float
 from torch import Tensor
 
+from ..camera.cameras import camera_condition
+from ..camera.poses import orbit
 from ..core.files import shown_path
 from ..core.settings import RunError, UsageError
 from .base import Rows
+from .camera_embedding import unet_views
 from .pipeline_configs import loading
 from .pipeline_fit import check_noise
 from .schedule import NoiseSchedule
@@ -72,10 +75,12 @@ def run_unet(
     class_labels: Tensor | None = None,
     rows: Rows | None = None,  # identical rows of `tokens`, for a U-Net of `share_text`
     copy: bool = False,  # for a CUDA graph, whose next replay overwrites its output
+    views: int | None = None,  # rows per group, for a U-Net whose self-attention joins them
 ) -> Tensor:
     "The output of a U-Net in its own precision, returned in the precision of `x_t`."
-    shared = None if rows is None else {"rows": rows}
-    options = {"class_labels": class_labels, "cross_attention_kwargs": shared}
+    given = {"rows": rows, "views": views}
+    shared = {name: value for name, value in given.items() if value is not None}
+    options = {"class_labels": class_labels, "cross_attention_kwargs": shared or None}
     dtype = unet.dtype  # read once: the property searches all modules
     out = unet(x_t.to(dtype), t, encoder_hidden_states=tokens.to(dtype), **options).sample
     return out.to(x_t.dtype, copy=copy)
@@ -91,11 +96,16 @@ def _outputs(parts: Any, x: Tensor, place: Path) -> dict[str, Tensor]:
 
     t = torch.tensor([parts.schedule.steps - 1], device=x.device)
     vae, unet, text = parts.vae, parts.unet, parts.text
+    options = {}
+    if (views := unet_views(unet)) > 1:
+        cameras = camera_condition(orbit(views).c2w())[0].to(x.device, unet.dtype)
+        options = {"class_labels": cameras, "views": views}
     tokens = run("text_encoder", text.encoder, lambda: text([""]).tokens.float())
     text.known.clear()  # the cache is left as it was
     rgb = run("vae", vae, lambda: latent_images(vae, x))
     latents = run("vae", vae, lambda: image_latents(vae, rgb, rgb.shape[-1]))
-    out = run("unet", unet, lambda: run_unet(unet, x, t, tokens))
+    texts = tokens.expand(len(x), -1, -1)
+    out = run("unet", unet, lambda: run_unet(unet, x, t, texts, **options))
     return {"text_encoder": tokens, "vae": latents, "unet": out}
 
 # %% ../../nbs/30_prior/84_latents.ipynb #a1601f84
@@ -107,7 +117,8 @@ def try_out(
     "Raises `UsageError` or `RunError` where a network fails, or gives values that are not finite."
     channels, side, _ = parts.latent_shape
     small = min(side, max(8, side // 4))
-    x = torch.randn(1, channels, small, small, generator=torch.Generator().manual_seed(0))
+    rng, count = torch.Generator().manual_seed(0), unet_views(parts.unet)
+    x = torch.randn(count, channels, small, small, generator=rng)
     values = _outputs(parts, x.to(parts.schedule.alphas_cumprod.device), Path(name))
     for part, value in values.items():
         where = f"{shown_path(name)}/{part}"
