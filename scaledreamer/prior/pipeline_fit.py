@@ -21,6 +21,7 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokeniz
 
 from ..core.files import read_json
 from ..core.settings import UsageError, shorten
+from .camera_embedding import unet_views
 
 # %% ../../nbs/30_prior/76_pipeline_fit.ipynb #f182c2b8
 def _side(network: UNet2DConditionModel | SD3Transformer2DModel, part: str) -> int:
@@ -62,8 +63,9 @@ def latent_sizes(
 def _check_unet(unet: UNet2DConditionModel, encoder: CLIPTextModel) -> None:
     "Raises `UsageError` for a U-Net that takes other inputs than latents, timestep and text."
     width, config = encoder.config.hidden_size, unet.config
+    cameras = unet_views(unet) > 1
     for key in ("class_embed_type", "num_class_embeds", "encoder_hid_dim_type"):
-        if config[key] is not None:
+        if config[key] is not None and not (cameras and key == "class_embed_type"):
             raise UsageError(
                 f"unet/config.json: {key} is {shorten(config[key], json.dumps)}: expected null, "
                 "since only texts are given to the U-Net"

@@ -27,7 +27,7 @@ _ADDRESS = re.compile(
     r"(?:/(?:tree|blob|resolve|raw)/(?P<revision>[^/?#]+)(?:/(?P<file>[^?#]*?))?)?/?(?:[?#].*)?",
     re.ASCII | re.IGNORECASE,
 )
-SINGLE_FILES = (".safetensors", ".ckpt")  # suffixes of whole checkpoints in one file
+SINGLE_FILES = (".safetensors", ".ckpt", ".pt")  # suffixes of whole checkpoints in one file
 
 
 @dataclass(frozen=True)
