@@ -89,11 +89,17 @@ def made(cls, name, value):
     return cls(**(given | {name: value}))
 
 
+def length(hint):
+    "Number of values that an option takes."
+    found = re.search(r"tuple\[(.*?)\]", str(hint))
+    return found[1].count(",") + 1 if found else 1
+
+
 def extremes(hint):
     "Values that no setting may take."
     whole = "float" not in str(hint)
     values = [10**30, -(10**30), 10**5000] if whole else [float("nan"), float("inf"), -1e300, 1e300]
-    return [(value, value) if "tuple" in str(hint) else value for value in values]
+    return [(value,) * length(hint) if "tuple" in str(hint) else value for value in values]
 
 
 @pytest.mark.parametrize("command, option, cls, each, hint", OPTIONS, ids=lambda x: str(x)[:40])
@@ -141,7 +147,7 @@ def odd_line(rng):
     if command == "train" and rng.random() < 0.2:
         line += ["--preset", "paper", "--distill.view-prompting", "tokens"]
     for _, option, _, each, hint in rng.sample(own, min(len(own), rng.randint(1, 3))):
-        values = [rng.choice(ODD) for _ in range(2 if "tuple" in str(hint) else 1)]
+        values = [rng.choice(ODD) for _ in range(length(hint))]
         if len(values) == 1 and rng.random() < 0.5:
             line.append(f"--{option}={values[0]}")
         else:
