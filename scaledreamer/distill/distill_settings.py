@@ -12,8 +12,11 @@ from typing import Literal, get_args, get_type_hints
 from ..core.settings import Interval, UsageError, check_range, check_ranges
 from ..core.settings import check_rising
 from .conditioning import ViewPrompting
+from .log_snr_shift import LogSNRShift
 from .shift import ShiftSchedule, deterministic_shift, random_shift
 from .timesteps import TimestepWindow, annealed_window
+from ..prior.flow_schedule import FlowSchedule
+from ..prior.schedule import NoiseSchedule
 
 # %% ../../nbs/35_distill/45_distill_settings.ipynb #9b1ed9bc
 # the negative prompt of NFSD's paper
@@ -36,6 +39,9 @@ class QuerySettings:
     eta: float = 0.1
     # random: the shift is uniform in its range; deterministic: always the length of the range
     shift: Literal["random", "deterministic"] = "random"
+    # what eta measures: timesteps of the prior, or steps in log-SNR as long as those of timesteps
+    # of Stable Diffusion; auto: log-SNR for a flow-matching prior, otherwise timesteps
+    shift_in: Literal["auto", "timesteps", "log-snr"] = "auto"
     # smallest and largest timestep at the first step, as fractions of T, from 0 to below 1
     window_start: tuple[float, float] = (0.5, 0.98)
     # smallest and largest timestep at the last step, as fractions of T, from 0 to below 1
@@ -58,15 +64,16 @@ class QuerySettings:
         "The window of timesteps at each step of a run of `steps`."
         return annealed_window(steps, self.window_start, self.window_end)
 
-    def shift_schedule(self) -> ShiftSchedule:
-        "The shift of ASD's second timestep. Raises `UsageError` for an unknown one."
-        match self.shift:
-            case "random":
-                return random_shift(self.eta)
-            case "deterministic":
-                return deterministic_shift(self.eta)
-        words = ", ".join(get_args(get_type_hints(type(self))["shift"]))
-        raise UsageError(f"shift is {self.shift!r}: expected one of {words}")
+    def shift_schedule(self, schedule: NoiseSchedule | None = None) -> ShiftSchedule:
+        """The shift of ASD's second timestep, in timesteps if the prior's schedule is not given.
+        Raises `UsageError` for an unknown one."""
+        laws = {"random": random_shift, "deterministic": deterministic_shift}
+        if self.shift not in laws:
+            words = ", ".join(get_args(get_type_hints(type(self))["shift"]))
+            raise UsageError(f"shift is {self.shift!r}: expected one of {words}")
+        law, flow = laws[self.shift](self.eta), isinstance(schedule, FlowSchedule)
+        carried = self.shift_in == "log-snr" or (self.shift_in == "auto" and flow)
+        return law if schedule is None or not carried else LogSNRShift(schedule, law)
 
 # %% ../../nbs/35_distill/45_distill_settings.ipynb #1b12e475
 @dataclass(frozen=True)
@@ -82,6 +89,11 @@ class DistillSettings(QuerySettings):
     # how a prompt names its view: tokens of 15 degrees, words, perp-neg, or plain (not at all);
     # auto: tokens if the prior knows them, otherwise words
     view_prompting: ViewPrompting = "auto"
+    # which images share a timestep: each has its own (image), or those of a ring of views have one
+    # (ring); auto: ring for a prior that sees several views at once, otherwise image
+    timestep_per: Literal["auto", "image", "ring"] = "auto"
+    # which images share the noise: each has its own (image), or those of a ring have one (ring)
+    noise_per: Literal["image", "ring"] = "image"
     # learning rate of the estimator of VSD and ESD, above 0 and up to 1; the default is for Stable
     # Diffusion
     estimator_lr: float = 1e-4

@@ -219,7 +219,9 @@ class LockstepState:
             raise UsageError("there are 0 methods: give at least one by name, e.g. {'sds': sds}")
         special = dict(shift_schedules or {})
         self.prior, self.methods, self.settings = prior, dict(methods), settings
-        self.shift_schedules = dict.fromkeys(methods, settings.shift_schedule()) | special
+        self.shift_schedules = (
+            dict.fromkeys(methods, settings.shift_schedule(prior.schedule)) | special
+        )
         self.copies = ItemCopies(list(methods), start, settings)
         self.done = 0  # steps taken
         self.frames: list[Frame] = []  # every `settings.stride` steps

@@ -14,6 +14,7 @@ from ..core.settings import Interval, check_ranges
 from ..distill.distill_settings import QuerySettings
 from ..distill.shift import ShiftSchedule, no_shift
 from ..distill.timesteps import TimestepWindow
+from ..prior.schedule import NoiseSchedule
 
 # %% ../../nbs/45_toy/15_toy_settings.ipynb #fa1e16a4
 def cosine_lr(settings: "ToySettings", step: int) -> float:
@@ -64,6 +65,6 @@ class ToySettings(QuerySettings):
         "The window of timesteps at each step of a run, of `self.steps` steps if not given."
         return super().window(self.steps if steps is None else steps)
 
-    def shift_schedule(self) -> ShiftSchedule:
-        "The shift of ASD's second timestep."
-        return no_shift if self.shift == "none" else super().shift_schedule()
+    def shift_schedule(self, schedule: NoiseSchedule | None = None) -> ShiftSchedule:
+        "The shift of ASD's second timestep, on the prior's schedule."
+        return no_shift if self.shift == "none" else super().shift_schedule(schedule)
