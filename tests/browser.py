@@ -91,7 +91,7 @@ def watched(browser, folder: Path) -> Iterator:
     page.errors = []
     page.on(
         "pageerror",
-        lambda error: page.errors.append(str(error)) if str(error) not in HARMLESS else None,
+        lambda error: page.errors.append(error.stack) if str(error) not in HARMLESS else None,
     )
     page.on(
         "console",
