@@ -8,7 +8,7 @@ __all__ = ['Range', 'CameraSettings', 'between', 'between_on_sphere', 'SingleCam
            'sample_framed', 'sample_cameras', 'orbit']
 
 # %% ../../nbs/20_camera/20_poses.ipynb #28a4281b
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from jaxtyping import Float
@@ -25,6 +25,7 @@ Range = tuple[float, float]  # lowest and highest value
 _ELEVATION = Interval(-90, 90, unit="degrees")
 _FOVY = Interval(1, 170, unit="degrees")
 _DISTANCE = Interval(1e-3, 1000, unit="world units")
+_RING = Interval(0, 4096)
 
 
 def between(u: Float[Tensor, "..."], bounds: Range) -> Float[Tensor, "..."]:
@@ -92,10 +93,11 @@ class RigCameras:
     fovy: Range = (15.0, 60.0)  # smallest and largest vertical field of view, degrees from 1 to 170
     sphere_share: float = 0.5  # chance, from 0 to 1, that a batch takes the second distribution
     as_released: bool = False  # second distribution of elevations: the release's, or on the sphere
+    views_per_ring: int = 0  # views of a prompt on one ring, up to 4096; 0: all of them
 
     def __post_init__(self):
         check_ranges(self, elevation=_ELEVATION, distance=_DISTANCE, fovy=_FOVY)
-        check_ranges(self, sphere_share=Interval(0, 1))
+        check_ranges(self, sphere_share=Interval(0, 1), views_per_ring=_RING)
         check_rising(self, "elevation", "distance", "fovy")
 
 
@@ -142,11 +144,12 @@ class FramedCameras:
     # radius of the sphere that is framed, world units, from 0.001 to 1000
     object_radius: float = 0.65
     margin: float = 1.05  # free space around that sphere, a factor of its radius, from 1 to 1000
-    rig: bool = False  # place the views of a prompt on one evenly spaced ring
+    rig: bool = False  # place the views of a prompt on evenly spaced rings
+    views_per_ring: int = 0  # views of a prompt on one ring, up to 4096; 0: all of them
 
     def __post_init__(self):
         check_ranges(self, elevation=_ELEVATION, fovy=_FOVY, object_radius=_DISTANCE)
-        check_ranges(self, margin=Interval(1, 1000))
+        check_ranges(self, margin=Interval(1, 1000), views_per_ring=_RING)
         check_rising(self, "elevation", "fovy")
 
 # %% ../../nbs/20_camera/20_poses.ipynb #3b60ffb9
@@ -183,11 +186,26 @@ def sample_cameras(
     views: int,  # v, at least 1
     rng: torch.Generator,
 ) -> Cameras:
-    "Random training cameras [prompts, views] as `settings` describe, on the device of `rng`."
+    """Random training cameras [prompts, views] as `settings` describe, on the device of `rng`.
+
+    The views of a ring are consecutive, in the order of their azimuths."""
     if prompts < 1 or views < 1:
         raise UsageError(
             f"sample_cameras: {prompts} prompts x {views} views: expected at least one of each"
         )
+    ring = (getattr(settings, "rig", True) and getattr(settings, "views_per_ring", 0)) or views
+    if views % ring:
+        raise UsageError(
+            f"cameras.views_per_ring is {ring}: expected a divisor of the {views} views of a prompt"
+        )
+    cameras = _sample(settings, prompts * (views // ring), ring, rng)
+    if ring == views:
+        return cameras
+    parts = (getattr(cameras, field.name).reshape(prompts, views) for field in fields(cameras))
+    return Cameras(*parts)
+
+
+def _sample(settings: CameraSettings, prompts: int, views: int, rng: torch.Generator) -> Cameras:
     match settings:
         case SingleCameras():
             return sample_single(settings, prompts, views, rng)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ..core.settings import UsageError
 from ..core.tensors import seeded
 from ..prior.base import Evaluation, Prior, predict_noise_batched
+from ..prior.camera_embedding import check_groups, unit_cameras
 from ..prior.schedule import NoiseSchedule
 
 # %% ../../nbs/35_distill/80_estimator.ipynb #69ecc746
@@ -68,18 +69,24 @@ def estimator_loss(
 
 # %% ../../nbs/35_distill/80_estimator.ipynb #d673bcf3
 class CameraEmbedding(nn.Module):
-    "What a camera adds to the time embedding. Input per row: the camera and a factor, 17 numbers."
+    """What a camera adds to the time embedding. Input per row: the camera and a factor, 17 numbers.
 
-    def __init__(self, width: int) -> None:
+    The camera embedding of the prior, if it has one, is added without the factor."""
+
+    def __init__(self, width: int, prior: nn.Module | None = None) -> None:
         from diffusers.models.embeddings import TimestepEmbedding
 
         super().__init__()
-        self.mlp = TimestepEmbedding(16, width)
+        self.mlp, self.prior = TimestepEmbedding(16, width), prior
         for weight in self.mlp.linear_2.parameters():
             nn.init.zeros_(weight)
 
     def forward(self, labels: Float[Tensor, "b 17"]) -> Float[Tensor, "b w"]:
-        return self.mlp(labels[:, :16]) * labels[:, 16:]
+        camera, share = labels[:, :16], labels[:, 16:]
+        own = self.mlp(camera) * share
+        if self.prior is None:
+            return own
+        return own + self.prior(camera.to(self.prior.linear_1.weight.dtype))
 
 
 def adapted(unet: nn.Module, rank: int = 4, seed: int = 0) -> nn.Module:
@@ -97,9 +104,9 @@ def adapted(unet: nn.Module, rank: int = 4, seed: int = 0) -> nn.Module:
     )
     with seeded(seed):
         inject_adapter_in_model(projections, network)
-        network.class_embedding = CameraEmbedding(network.time_embedding.linear_2.out_features).to(
-            unet.device
-        )
+        width = network.time_embedding.linear_2.out_features
+        own = CameraEmbedding(width, network.class_embedding)
+        network.class_embedding = own.to(unet.device)
     for weight in network.parameters():
         if weight.requires_grad:
             weight.data = weight.data.float()
@@ -127,19 +134,28 @@ class SharedEstimator(Estimator, Protocol):
     prior: Prior
 
     def predict_beside(
-        self, evaluations: Sequence[Evaluation], own: Sequence[Own]
+        self, evaluations: Sequence[Evaluation], own: Sequence[Own], camera: Tensor | None = None
     ) -> tuple[list[Tensor], list[Tensor]]:
-        "The prior's eps of `evaluations` and the estimator's of `own`, in one call."
+        "The prior's eps of `evaluations`, by `camera`, and the estimator's of `own`, in one call."
 
 
 def predict_with_prior(
-    prior: Prior, estimator: Estimator, evaluations: Sequence[Evaluation], own: Sequence[Own]
+    prior: Prior,
+    estimator: Estimator,
+    evaluations: Sequence[Evaluation],
+    own: Sequence[Own],
+    camera: Float[Tensor, "b 16"] | None = None,  # for a prior that takes cameras
 ) -> tuple[list[Tensor], list[Tensor]]:
     "The prior's eps of `evaluations`, the estimator's of `own`: one call if they share a network."
+    if getattr(prior, "takes_cameras", False):
+        check_groups(len(own[0][0]), prior.views, camera)
+        camera = unit_cameras(camera)
+    else:
+        camera = None
     if isinstance(estimator, SharedEstimator) and estimator.prior is prior:
-        return estimator.predict_beside(evaluations, own)
+        return estimator.predict_beside(evaluations, own, camera)
     eps = estimator.predict_noise(*_stacked(own))
-    return predict_noise_batched(prior, evaluations), list(eps.chunk(len(own)))
+    return predict_noise_batched(prior, evaluations, camera), list(eps.chunk(len(own)))
 
 # %% ../../nbs/35_distill/80_estimator.ipynb #38d4f9ee
 class _LoRAPredictions:
@@ -160,10 +176,10 @@ class _LoRAPredictions:
         return self._predict(x_t, t, tokens, camera, torch.ones(len(x_t), device=x_t.device))
 
     def predict_beside(
-        self, evaluations: Sequence[Evaluation], own: Sequence[Own]
+        self, evaluations: Sequence[Evaluation], own: Sequence[Own], camera: Tensor | None = None
     ) -> tuple[list[Tensor], list[Tensor]]:
-        without_camera = [(*evaluation, None) for evaluation in evaluations]
-        x_t, t, tokens, camera = _stacked([*without_camera, *own])
+        with_camera = [(*evaluation, camera) for evaluation in evaluations]
+        x_t, t, tokens, camera = _stacked([*with_camera, *own])
         shares = [0.0] * len(evaluations) + [1.0] * len(own)
         share = torch.cat(
             [
@@ -190,6 +206,7 @@ class LoRAEstimator(_LoRAPredictions):
                 "(predict_noise, parameters, prediction_type), or use a Stable Diffusion prior"
             )
         self.prior, self.prediction_type = prior, prior.prediction_type
+        self.views = getattr(prior, "views", 1)  # rows of a group, which share their timestep
         self.network = adapted(prior.unet, rank, seed)
         self._layers = [module for module in self.network.modules() if hasattr(module, "lora_A")]
 

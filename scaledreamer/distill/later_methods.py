@@ -88,13 +88,17 @@ def invert(
     noise: Float[Tensor, "b ..."],
     stride: int,  # timesteps per step
     eta: float = 0.0,  # scale of the noise that a step adds, 0 to 1
+    views: int = 1,  # consecutive items that the prior sees together
 ) -> Float[Tensor, "b ..."]:
     "DDIM inversion from t = 0 to `until`, of all items together."
-    order = until.argsort(descending=True, stable=True)  # items that continue are always the first
+    last = until.unflatten(0, (-1, views)).amax(1)  # of each group
+    order = last.argsort(descending=True, stable=True)  # groups that continue are always the first
+    order = (order[:, None] * views + torch.arange(views, device=order.device)).flatten()
+    last = last.sort(descending=True).values
     until, noise, t = until[order], noise[order], 0
     x = schedule.add_noise(latents[order], noise, torch.zeros_like(until))
-    while n := int((until > t).sum()):
-        at, to = torch.full_like(until[:n], t), until[:n].clamp(max=t + stride)
+    while n := views * int((last > t).sum()):
+        at, to = until[:n].clamp(max=t), until[:n].clamp(max=t + stride)
         moved = schedule.ddim_step(x[:n], predict(x[:n], at, order[:n]), at, to)
         t += stride
         if eta:
@@ -131,7 +135,8 @@ def sdi(
         eps = predict_noise_batched(prior, cfg_queries(x, at, words), poses)
         return apply_cfg(eps, words, inversion_guidance)
 
-    x_t = invert(prior.schedule, predict, latents, t, noise, stride, eta)
+    views = getattr(prior, "views", 1)
+    x_t = invert(prior.schedule, predict, latents, t, noise, stride, eta, views)
     eps = predict_noise_batched(prior, cfg_queries(x_t, t, text), camera)
     source = prior.schedule.eps_from_x0(x_t, latents, t)
     target = apply_cfg(eps, text, guidance)
@@ -162,7 +167,8 @@ def ism(
         return prior.predict_noise(x, at, text.unconditional[rows], poses)
 
     s = (t - interval).clamp(min=0)
-    x_s = invert(prior.schedule, predict, latents, s, noise, stride)
+    views = getattr(prior, "views", 1)
+    x_s = invert(prior.schedule, predict, latents, s, noise, stride, views=views)
     source = predict(x_s, s, torch.arange(len(s), device=s.device))
     x_t = prior.schedule.ddim_step(x_s, source, s, t)
     eps = predict_noise_batched(prior, cfg_queries(x_t, t, text), camera)

@@ -51,21 +51,25 @@ def check_method(
     method: Callable,  # (prior, latents, text, t, noise) -> an object like `ScoreGradient`
     prior: Any,
     text: Any,  # `scaledreamer.prior.base.Conditioning` of b >= 2 rows
+    camera: Tensor | None = None,  # [b * views, 16], for a prior that takes cameras
 ) -> None:
     "Raises `AssertionError` where `method` breaks its contract."
     steps, b = prior.schedule.steps, len(text.positive)
+    views = 1 if camera is None else len(camera) // b
     require(b >= 2, "check_method needs at least two rows of text, to see whether they mix")
     latents, noise = (
-        torch.randn(b, *prior.latent_shape, generator=make_rng(i)).to(text.positive)
+        torch.randn(b * views, *prior.latent_shape, generator=make_rng(i)).to(text.positive)
         for i in range(2)
     )
     t = torch.linspace(0.02 * steps, 0.98 * steps, b, device=latents.device).long()
+    t = t.repeat_interleave(views)
 
     def run(i: Tensor) -> Any:
-        given = latents[i]
-        score = method(prior, given, _rows(text, i), t[i], noise[i])
-        require(torch.equal(given, latents[i]), "the method changes the latents that it is given")
+        at = (views * i[:, None] + torch.arange(views)).flatten()
+        given, options = latents[at], {} if camera is None else {"camera": camera[at]}
+        score = method(prior, given, _rows(text, at // views), t[at], noise[at], **options)
+        require(torch.equal(given, latents[at]), "the method changes the latents that it is given")
         return score
 
     check_score_gradient(run(torch.arange(b)), latents, t, steps)
-    check_independent(lambda i: run(i).gradient, b, "gradient")
+    check_independent(lambda i: run(i).gradient, b, "gradient", views)

@@ -53,7 +53,7 @@ def vsd(
     x_t = prior.schedule.add_noise(latents, noise, t)
     own = [(x_t, t, _plain_text(text), camera)]
     eps, (source,) = predict_with_prior(
-        prior, _require_estimator("vsd", estimator), cfg_queries(x_t, t, text), own
+        prior, _require_estimator("vsd", estimator), cfg_queries(x_t, t, text), own, camera
     )
     return score_gradient(prior, weight, apply_cfg(eps, text, guidance), source, eps[0], t)
 
@@ -83,7 +83,7 @@ def esd(
     x_t = prior.schedule.add_noise(latents, noise, t)
     own = [(x_t, t, _plain_text(text), pose) for pose in (camera, None)]
     eps, (with_camera, without_camera) = predict_with_prior(
-        prior, _require_estimator("esd", estimator), cfg_queries(x_t, t, text), own
+        prior, _require_estimator("esd", estimator), cfg_queries(x_t, t, text), own, camera
     )
     source = classifier_free_guidance(without_camera, with_camera, camera_guidance)
     return score_gradient(prior, weight, apply_cfg(eps, text, guidance), source, eps[0], t)
@@ -114,7 +114,8 @@ class EstimatorTrainer:
         On the CPU, where this is known at once, it raises `RunError`.
         """
         on = {"generator": rng, "device": rng.device}
-        t = torch.randint(schedule.steps, (len(latents),), **on)
+        views = getattr(self.estimator, "views", 1)
+        t = torch.randint(schedule.steps, (len(latents) // views,), **on).repeat_interleave(views)
         noise = to_device(torch.randn(latents.shape, **on), latents)
         pose = None if bool(torch.rand((), **on) < drop) else camera
         on_device = to_device(t, latents.device)

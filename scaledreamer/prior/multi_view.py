@@ -13,6 +13,7 @@ import torch
 from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
 from torch import Tensor
 
+from ..camera.cameras import camera_condition
 from ..core.tensors import seeded
 from .base import Rows
 from .camera_embedding import MVDREAM_VIEWS, check_groups, unit_cameras
@@ -40,6 +41,7 @@ class MultiViewPrior(StableDiffusionPrior):
     ) -> None:
         self.views = MultiViewUNet(unet).views
         super().__init__(unet, vae, text, scheduler, settings)
+        self.has_view_tokens = self.view_vocabulary == "tokens"
         self.view_vocabulary = "plain"
 
     def apply_settings(self) -> None:
@@ -55,14 +57,16 @@ class MultiViewPrior(StableDiffusionPrior):
         rows: Rows | None = None,
     ) -> Tensor:
         check_groups(len(x_t), self.views, camera)
-        labels = unit_cameras(camera).to(self.unet.dtype)
-        return super().noise_by(self.unet, x_t, t, tokens, labels, rows=rows, views=self.views)
+        return self.noise_by(self.unet, x_t, t, tokens, unit_cameras(camera), rows=rows)
 
     def noise_by(
         self, unet: Any, x_t: Tensor, t: Tensor, tokens: Tensor, labels: Tensor, **options
     ) -> Tensor:
-        "The noise by another U-Net, whose `labels` begin with cameras of unit length, or zeros."
+        "The noise by another U-Net, whose `labels` begin with cameras or, for none, with zeros."
         check_groups(len(x_t), self.views, labels[:, :16])
+        camera = camera_condition(labels[:, :16].unflatten(-1, (4, 4)))
+        labels = torch.cat([camera, labels[:, 16:]], 1)
+        labels = labels.to(next(unet.class_embedding.parameters()).dtype)
         return super().noise_by(unet, x_t, t, tokens, labels, views=self.views, **options)
 
 # %% ../../nbs/30_prior/94_multi_view.ipynb #f1a8d91d

@@ -19,7 +19,7 @@ from ..core.tensors import make_rng, step_rng
 from ..distill.gradient import prescribed_gradient_loss
 from ..rendering.render_memory import render_bytes
 from .run import Run, step_conditioning
-from .step import distill, estimator_cameras, sample_noise
+from .step import distill, sample_noise, step_cameras
 from .step_batch import make_scenes, step_prompts
 from .train_settings import ESTIMATOR_METHODS, TrainSettings, method_of
 
@@ -67,8 +67,9 @@ def _prior_of(run: Run, images: int) -> int:
     with LiveBytes() as live:
         latents = run.prior.encode_image(rgb)
         window = 1, schedule.steps - 1
-        sample = sample_noise(latents, window, schedule.steps - 1, s.distill.shift_schedule(), rng)
-        camera = estimator_cameras(cameras).to(latents) if estimator else None
+        shift = s.distill.shift_schedule(schedule)
+        sample = sample_noise(latents, window, schedule.steps - 1, shift, rng)
+        camera = step_cameras(run, cameras, latents)
         score = distill(method, run.prior, latents, text, sample, camera)
         torch.autograd.grad(prescribed_gradient_loss(latents, score.gradient), rgb)
     return live.peak
@@ -77,7 +78,9 @@ def _prior_of(run: Run, images: int) -> int:
 def step_prior_bytes(run: Run) -> int:
     "Estimated bytes that the prior needs for the images of a step; 0 for up to 16 of them."
     images = prompts_at_once(run.settings) * run.settings.views_per_prompt
-    return 0 if images <= 16 else linear(lambda count: _prior_of(run, count), images, 1, 2)
+    views = 1 if images <= 16 else getattr(run.prior, "views", 1)
+    measure = lambda groups: _prior_of(run, groups * views)
+    return 0 if images <= 16 else linear(measure, images // views, 1, 2)
 
 # %% ../../nbs/70_training/42_memory_estimate.ipynb #1e654fbd
 def _gigabytes(size: float) -> str:
@@ -97,7 +100,10 @@ def what_to_lower(settings: TrainSettings, chunks: bool = True) -> str:
     more = []
     if prompts_at_once(settings) > 1 and settings.method not in ESTIMATOR_METHODS:
         more.append(f"--optim.accumulate {prompts}")
-    if settings.prior not in ("tiny-sd", "mixture") and not settings.prior_settings.vae_checkpoint:
+    if (
+        settings.prior not in ("tiny-sd", "tiny-mv", "mixture")
+        and not settings.prior_settings.vae_checkpoint
+    ):
         more.append("--prior-settings.vae-checkpoint")
     return f"{lower}, or give {' or '.join(more)}" if more else lower
 

@@ -24,7 +24,7 @@ from ..distill.vsd import EstimatorTrainer
 from ..field.scene import DensityScene, Scene
 from ..prior.base import Conditioning, Prior, TextEmbedding
 from .corpora import Prompt
-from .method_defaults import resolve_settings
+from .method_defaults import fit_views, resolve_settings
 from .train_settings import ESTIMATOR_METHODS, MakeGenerator, TrainSettings
 from .train_settings import build_generator
 from .train_settings import build_prior, check_generator_name, make_estimator
@@ -168,7 +168,7 @@ def build(
     train_prompts = [prompt.text for prompt in prompts if prompt.split == "train"]
     texts = prior.encode_text(train_prompts)
     if not trained:
-        settings = resolve_settings(settings, prior, train_prompts)
+        settings = resolve_settings(fit_views(settings, prior), prior, train_prompts)
         resolve_view_prompting(prior, settings.distill.view_prompting)  # refuses unknown tokens
         check_prompt_lengths(prior, train_prompts, texts, settings)
         warn_of_same_prompts(train_prompts, texts)

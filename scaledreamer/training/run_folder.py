@@ -29,7 +29,7 @@ from .stored_texts import TEXTS_FILE, store_texts
 from .train_settings import TrainSettings, read_settings
 
 # %% ../../nbs/70_training/45_run_folder.ipynb #9945c45e
-_NAMED = ("tiny-sd", "mixture")  # priors that are no paths
+_NAMED = ("tiny-sd", "tiny-mv", "mixture")  # priors that are no paths
 
 
 def _with_paths(settings: TrainSettings, prior: str, lora: str | None) -> TrainSettings:
@@ -131,6 +131,10 @@ def _same_place(before: str | None, now: str | None) -> bool:
     return before not in _NAMED and not Path(before).exists() and Path(now).exists()
 
 # %% ../../nbs/70_training/45_run_folder.ipynb #9acc1165
+# defaults that a prior of several views replaces
+_ONE_VIEW = {"views_per_prompt": 1, "cameras.rig": False, "cameras.views_per_ring": 0}
+
+
 def _differences(before: TrainSettings, now: TrainSettings, built: bool) -> list[str]:
     "Settings that decide the result and differ. Before a run is built, its defaults are open."
     old, new, found = _flat(asdict(before)), _flat(asdict(now)), []
@@ -139,6 +143,7 @@ def _differences(before: TrainSettings, now: TrainSettings, built: bool) -> list
         same = _same_place(a, b) if key in ("prior", "prior_settings.lora") else a == b
         text = key in ("distill.nfsd_negative_prompt", "distill.bridge_source_prompt")
         default = b in (None, "auto") and key.startswith("distill.") and (text or not built)
+        default |= not built and key in _ONE_VIEW and b == _ONE_VIEW[key]
         if not (same or default or key in _FREE):
             found.append(f"{key} = {shorten(a, str, 120)}, not {shorten(b, str, 120)}")
     return found

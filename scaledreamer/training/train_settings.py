@@ -20,10 +20,12 @@ import tyro
 from torch import nn
 
 from ..camera.poses import FramedCameras, RigCameras, SingleCameras
+from ..core.assets import asset
 from ..core.settings import Interval, UsageError, check_ranges, from_json, to_json
 from ..core.tensors import seeded
 from ..distill.distill_settings import DistillSettings
 from ..distill.estimator import Estimator, LoRAEstimator
+from ..distill.flow_methods import pfd, rfds
 from ..distill.later_methods import ism, nfsd, sdi, sds_bridge
 from ..distill.methods import Method, asd, csd, sds
 from ..distill.vsd import EstimatorTrainer, esd, vsd
@@ -49,7 +51,8 @@ TOYBOX_RENDER = RenderSettings(beta=1 / 60, bounding_radius=0.7, eikonal_samples
 class TrainSettings:
     "Everything that decides what a training run does."
 
-    # 2D diffusion model: tiny-sd, mixture, or the folder or hub id of a Stable Diffusion
+    # 2D diffusion model: tiny-sd, tiny-mv, which sees four views at once, mixture, or the folder,
+    # file or hub id of a Stable Diffusion or MVDream
     prior: str = "tiny-sd"
     corpus: str = "toybox-15"  # toybox-15, toybox-800, or a .txt .json .jsonl .csv .tsv .yaml file
     # prompts themselves, in place of a corpus: --prompt "a red car" "a blue house"
@@ -57,11 +60,14 @@ class TrainSettings:
     # text-to-3D network: hyper-ingp, conv3d, triplane or ingp, their -paper sizes, conv3d-paper-2
     # or ingp-density
     generator: str = "hyper-ingp"
-    method: str = "asd"  # distillation: sds, csd, vsd, asd, nfsd, bridge, sdi, ism or esd
+    # distillation: sds, csd, vsd, asd, nfsd, bridge, sdi, ism, esd, rfds or pfd
+    method: str = "asd"
     steps: int = 3000  # number of optimiser steps, from 1 to 10^8
     seed: int = 0  # seed of every random number of the run, from 0 to 2^32 - 1
     prompts_per_step: int = 4  # number of prompts in the batch of a step, from 1 to 4096
-    views_per_prompt: int = 1  # number of cameras per prompt in a step, from 1 to 4096
+    # number of cameras per prompt in a step, from 1 to 4096; 1: for a prior that sees several views
+    # at once, as many as it sees
+    views_per_prompt: int = 1
     resolution: int = 64  # width and height of the training renders in pixels, from 1 to 4096
     device: str = "cpu"  # cpu, cuda, cuda:1, mps, or auto for the best one of this machine
     log_every: int = 10  # number of steps between two lines of metrics.jsonl, from 1 to 10^8
@@ -247,7 +253,9 @@ def _with_defaults(default: Any, given: Any) -> Any:
 def read_settings(text: str) -> TrainSettings:
     """The settings in a run's `config.json`, with the values of earlier versions for what they did
     not write. Raises ValueError for what is not JSON or not settings."""
-    earlier = DistillSettings(guidance=1.5, weight=1.0, view_prompting="tokens")
+    earlier = DistillSettings(
+        guidance=1.5, weight=1.0, view_prompting="tokens", timestep_per="image"
+    )
     default = json.loads(to_json(TrainSettings(distill=earlier)))
     given = _with_new_names(json.loads(text))
     return from_json(TrainSettings, json.dumps(_with_defaults(default, given)))
@@ -263,6 +271,8 @@ METHODS: dict[str, Method] = {
     "sdi": sdi,
     "ism": ism,
     "esd": esd,
+    "rfds": rfds,
+    "pfd": pfd,
 }
 
 
@@ -294,15 +304,18 @@ def build_prior(settings: TrainSettings, prompts: tuple[Prompt, ...], strict: bo
         texts = tuple(prompt.text for prompt in prompts)
         mode = "words" if settings.distill.view_prompting in ("words", "perp-neg") else "tokens"
         return toybox_mixture(texts, mode, seed=settings.seed).to(settings.device)
+    from scaledreamer.prior.open_prior import open_prior
     from scaledreamer.prior.stable_diffusion import StableDiffusionPrior
 
     options = {"settings": settings.prior_settings, "device": settings.device, "strict": strict}
     if name == "tiny-sd":
         return StableDiffusionPrior.from_pretrained(**options)
+    if name == "tiny-mv":
+        return open_prior(asset("tiny-mv"), **options)
     if "/" in name or Path(name).exists():
-        return StableDiffusionPrior.from_pretrained(name, **options)
+        return open_prior(name, **options)
     raise UsageError(
-        f"no prior {name!r}: give tiny-sd, mixture, a Stable Diffusion folder or a hub id such as "
+        f"no prior {name!r}: give tiny-sd, tiny-mv, mixture, a folder of diffusers or a hub id, "
         "OWNER/NAME"
     )
 
