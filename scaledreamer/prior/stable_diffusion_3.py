@@ -113,7 +113,7 @@ class SD3Text(TextCache):
         self.window = min(token_window(*clip) for clip in clips)
 
     @torch.no_grad()
-    def states(self, texts: list[str]) -> tuple[Tensor, Tensor]:  # packed [b, m, d], pooled [b, p]
+    def states(self, texts: list[str]) -> tuple[Tensor, Tensor]:  # packed [b, m, d], pooled [b, d]
         found = [projected_states(*clip, texts, self.window) for clip in self.clips]
         tokens, pooled = (torch.cat(part, -1) for part in zip(*found))
         tokens = F.pad(tokens, (0, self.width - tokens.shape[-1]))
@@ -123,7 +123,8 @@ class SD3Text(TextCache):
             tokenizer, encoder = self.t5
             length = {"padding": "max_length", "truncation": True, "max_length": T5_TOKENS}
             more = encoder(torch.tensor(tokenizer(texts, **length).input_ids).to(encoder.device))[0]
-        return pack_text(torch.cat([tokens, more.to(tokens.dtype)], 1), pooled), pooled
+        packed = pack_text(torch.cat([tokens, more.to(tokens.dtype)], 1), pooled)
+        return packed, F.pad(pooled, (0, self.width - pooled.shape[-1]))
 
     def _encode(self, texts: list[str], batch: int) -> dict[str, tuple[Tensor, ...]]:
         for text in texts:
@@ -149,7 +150,7 @@ def check_sd3_fit(transformer: SD3Transformer2DModel, vae: AutoencoderKL, text: 
     for clip in text.clips:
         check_text(*clip)
     given = sum(encoder.config.projection_dim for _, encoder in text.clips)
-    if given != config.pooled_projection_dim:
+    if given != config.pooled_projection_dim or given > config.joint_attention_dim:
         raise UsageError(
             f"the transformer reads a pooled text of {config.pooled_projection_dim} numbers "
             f"(pooled_projection_dim of {file}), the text encoders give {given} (projection_dim): "

@@ -132,6 +132,8 @@ SOURCES = {  # what each method subtracts, at the end of a sentence
     "sdi": "the noise of an inversion of the render, whose x0 is the render itself",
     "ism": "the prediction without the text, some timesteps earlier on a DDIM inversion",
     "esd": "the prediction at t of the estimator, partly without the camera",
+    "rfds": "the noise that was added, as SDS does, with weights for velocities",
+    "pfd": "the noise of an inversion of the render, whose x0 is the render itself",
 }
 
 
@@ -143,7 +145,7 @@ def _notes(run: Run, step: int, score: ScoreGradient) -> list[str]:
     notes = [f"{method.upper()} subtracts {SOURCES[method]}."]
     if score.t_shifted is score.t:
         notes.append("There is no second query, and so no x at t + dt.")
-    if method in ("sdi", "ism"):
+    if method in ("sdi", "ism", "pfd"):
         notes.append("Its inversion of the render amplifies the rounding to 8 bits.")
     if method in ESTIMATOR_METHODS and run.step != step:
         notes.append(

@@ -28,12 +28,11 @@ from ..toy.point_estimator import PointEstimator, TrainsEstimator
 from ..toy.points import Modes, exact_vsd, modes_of, moons, ring, uneven
 from ..toy.toy_settings import ToySettings
 from ..training.train_settings import ESTIMATOR_METHODS, METHODS
+from .lockstep_frames import POINT_NAMES
 
 # %% ../../nbs/81_widgets/33_point_experiment.ipynb #6dc8e0b8
 WORLDS = {"ring": ring, "moons": moons, "uneven": uneven}
-POINT_METHODS = {name: METHODS[name] for name in METHODS if name != "esd"} | {
-    "exact-vsd": exact_vsd
-}
+POINT_METHODS = {name: METHODS[name] for name in POINT_NAMES} | {"exact-vsd": exact_vsd}
 PAPER_GUIDANCE: dict[str, float] = {
     name: signature(method).parameters["guidance"].default for name, method in POINT_METHODS.items()
 }
