@@ -103,6 +103,7 @@ def ddim(
     noise: Float[Tensor, "b ..."],
     guidance: float = 1.0,  # scale of classifier-free guidance; 1: the text alone
     steps: int = 25,  # evenly spaced timesteps
+    camera: Float[Tensor, "b 16"] | None = None,  # for priors that take cameras
 ) -> Float[Tensor, "b ..."]:
     "Latents sampled from `noise` by DDIM, one per text."
     last = int((prior.schedule.alphas_cumprod > 0).sum()) - 1
@@ -114,11 +115,10 @@ def ddim(
     for now, after in zip(times, [*times[1:], None]):
         t = torch.full((len(x),), now, device=x.device)
         if guidance == 1:
-            eps = prior.predict_noise(x, t, tokens)
+            eps = prior.predict_noise(x, t, tokens, camera)
         else:
-            eps = classifier_free_guidance(
-                *predict_noise_batched(prior, [(x, t, empty), (x, t, tokens)]), guidance
-            )
+            both = predict_noise_batched(prior, [(x, t, empty), (x, t, tokens)], camera)
+            eps = classifier_free_guidance(*both, guidance)
         if after is None:
             x = prior.schedule.x0_from_eps(x, eps, t)
         else:
