@@ -14,7 +14,8 @@ from scaledreamer.training.checkpoints import load_optimizer, optimizer_tensors
 from scaledreamer.training.corpora import number_prompts
 from scaledreamer.training.optim_settings import OptimSettings
 from scaledreamer.training.run import build
-from scaledreamer.training.step import make_optimizer, training_step, update_weights
+from scaledreamer.training.step import training_step
+from scaledreamer.training.step_update import generator_optimizer, update_weights
 from scaledreamer.training.train_settings import PRESETS, TrainSettings, paper_triplane
 from scaledreamer.training.trainer import run_training
 
@@ -26,7 +27,7 @@ SMALL = TrainSettings(prior="mixture", prompt=TEXTS, steps=10, resolution=12, vi
 def start(settings):
     prompts = number_prompts([(text, "train") for text in TEXTS])
     run = build(Path("unused"), settings, prompts)
-    run.optimizer = make_optimizer(run.settings, run.generator)
+    run.optimizer = generator_optimizer(run.settings, run.generator)
     return run, run.prior.encode_text(list(TEXTS))
 
 
@@ -41,14 +42,14 @@ def test_adan_is_that_of_the_release(resumed_after):
     settings = TrainSettings(optim=OptimSettings("adan", adan_betas=options["betas"], eps=1e-15))
     for name, rate in rates.items():
         net = nn.ParameterList([data[f"{name}/init"].clone()])
-        optimizer = make_optimizer(settings, net)
+        optimizer = generator_optimizer(settings, net)
         assert optimizer.param_groups[0]["betas"] == options["betas"]
         assert optimizer.param_groups[0]["eps"] == options["eps"]
         assert optimizer.param_groups[0]["weight_decay"] == 0
         for k, gradient in enumerate(data[f"{name}/grads"]):
             if k == resumed_after:
                 tensors = optimizer_tensors(optimizer)
-                optimizer = make_optimizer(settings, net)
+                optimizer = generator_optimizer(settings, net)
                 load_optimizer(optimizer, tensors)
             net[0].grad = gradient.clone()
             update_weights(optimizer, rate, torch.tensor(True))
@@ -71,7 +72,7 @@ def test_a_run_by_adan_resumes_exactly(tmp_path):
 def test_a_state_of_another_optimiser_is_refused(tmp_path):
     run, texts = start(SMALL)
     training_step(run, texts)
-    adan = make_optimizer(replace(SMALL, optim=ADAN), run.generator)
+    adan = generator_optimizer(replace(SMALL, optim=ADAN), run.generator)
     with pytest.raises(ValueError, match="exp_avg_diff is missing"):
         load_optimizer(adan, optimizer_tensors(run.optimizer))
     run_training(tmp_path / "run", replace(SMALL, steps=1), show=False)

@@ -36,6 +36,7 @@ from ..recipes.tiny_sd import make_tokenizer
 from ..rendering.volume import render
 from ..training.corpora import load_corpus
 from ..training import step as training
+from ..training.step_update import generator_optimizer
 from ..training import step_batch
 from ..training.train_settings import TrainSettings, build_generator, paper
 from ..training.run import Run, build
@@ -47,7 +48,7 @@ class Steps:
     def __init__(self, run: Run):
         self.run = run
         self.texts = run.prior.encode_text([prompt.text for prompt in run.train_prompts])
-        run.optimizer = training.make_optimizer(run.settings, run.generator)
+        run.optimizer = generator_optimizer(run.settings, run.generator)
 
     def __call__(self) -> LazyMetrics:
         metrics = training.training_step(self.run, self.texts)

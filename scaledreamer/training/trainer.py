@@ -38,7 +38,8 @@ from .run_folder import check_run_folder, log_session, read_run_settings
 from .run_folder import start_folder
 from .run_logs import append_row, repair_log, truncate_log
 from .run_prompts import training_prompts
-from .step import make_optimizer, training_step
+from .step import training_step
+from .step_update import generator_optimizer
 from .step_renders import record_renders, truncate_renders
 from .stored_texts import StoredTextPrior, read_stored_texts
 from .train_settings import GENERATORS, MakeGenerator, TrainSettings
@@ -179,7 +180,7 @@ def run_training(
     with locked_folder(folder):
         check_run_folder(folder, run.settings, prompts, resume, built=True)
         start_folder(run)
-        run.optimizer = make_optimizer(run.settings, run.generator)
+        run.optimizer = generator_optimizer(run.settings, run.generator)
         _resume(run)
         first = run.step
         if on_start and run.step < settings.steps:
