@@ -1,4 +1,4 @@
-"""Flow-matching priors: their schedule, the shift law in log-SNR, pooled text, and SD3 folders."""
+"""Flow-matching priors: their schedule, the shift rule in log-SNR, pooled text, and SD3 folders."""
 
 import json
 from functools import partial
@@ -31,7 +31,8 @@ from scaledreamer.prior.open_prior import open_prior
 from scaledreamer.prior.pipelines import quiet
 from scaledreamer.prior.prior_checks import check_prior
 from scaledreamer.prior.schedule import NoiseSchedule, scaled_linear
-from scaledreamer.prior.stable_diffusion_3 import StableDiffusion3Prior, random_sd3_pipeline
+from scaledreamer.prior.sd3_text import random_sd3_pipeline
+from scaledreamer.prior.stable_diffusion_3 import StableDiffusion3Prior
 from scaledreamer.toy.point_estimator import PointEstimator
 
 STABLE, FLOW, SD3 = scaled_linear(), flow_schedule(), flow_schedule(shift=3.0)
@@ -145,9 +146,9 @@ def test_a_network_of_points_predicts_velocities_on_a_flow():
 
 
 def test_one_eta_moves_a_flow_four_times_as_far():
-    t, law = torch.tensor([900]), deterministic_shift(0.1)
+    t, rule = torch.tensor([900]), deterministic_shift(0.1)
     fall = lambda schedule: (
-        schedule.log_snr(t) - schedule.log_snr(law(t, 20, 999, make_rng(0)))
+        schedule.log_snr(t) - schedule.log_snr(rule(t, 20, 999, make_rng(0)))
     ).item()
     assert fall(STABLE) == pytest.approx(1.0, abs=0.05)
     assert fall(FLOW) == pytest.approx(4.6, abs=0.05)
@@ -156,12 +157,12 @@ def test_one_eta_moves_a_flow_four_times_as_far():
 
 @pytest.mark.parametrize("t_min", [0, 20, 333, 500])
 @pytest.mark.parametrize("eta", [0.0, 0.1, 0.37, 1.0])
-def test_the_law_in_log_snr_is_the_papers_on_the_papers_schedule(t_min, eta):
+def test_the_rule_in_log_snr_is_the_papers_on_the_papers_schedule(t_min, eta):
     t = torch.arange(1000)
     for shift in (random_shift(eta), deterministic_shift(eta), sqrt_shift(eta), constant_shift(31)):
         carried = LogSNRShift(STABLE, shift)
         for seed in range(3):
-            draws = [law(t, t_min, 999, make_rng(seed)) for law in (shift, carried)]
+            draws = [rule(t, t_min, 999, make_rng(seed)) for rule in (shift, carried)]
             assert torch.equal(*draws)
 
 
@@ -195,7 +196,7 @@ def test_the_step_in_log_snr_is_that_of_stable_diffusion(schedule, t_min):
     assert checked > 5
 
 
-def test_beyond_the_reference_the_slope_goes_on():
+def test_beyond_the_reference_it_goes_on():
     ends = torch.tensor([0, 999])
     for extra, end in ((0.5, 0), (-0.5, 1)):
         value = STABLE.log_snr(ends)[end] + extra
@@ -205,7 +206,7 @@ def test_beyond_the_reference_the_slope_goes_on():
         assert found == pytest.approx(ends[end] + extra / slope)
 
 
-def test_settings_choose_the_law_by_the_schedule():
+def test_settings_choose_the_rule_by_the_schedule():
     auto, t = DistillSettings(), torch.arange(1000)
     assert auto.shift_schedule(STABLE)(t, 20, 999, make_rng(0)).equal(
         random_shift(0.1)(t, 20, 999, make_rng(0))
@@ -217,9 +218,9 @@ def test_settings_choose_the_law_by_the_schedule():
 
 
 def test_the_share_of_sds_in_asd_reads_any_schedule():
-    window, law = (20, 980), random_shift(0.1)
-    assert 0 < sds_share(law, STABLE, window) < 0.2
-    assert 0 < sds_share(law, FLOW, window) < 1
+    window, rule = (20, 980), random_shift(0.1)
+    assert 0 < sds_share(rule, STABLE, window) < 0.2
+    assert 0 < sds_share(rule, FLOW, window) < 1
 
 
 # pooled text --------------------------------------------------------------------------------------

@@ -67,13 +67,13 @@ class QuerySettings:
     def shift_schedule(self, schedule: NoiseSchedule | None = None) -> ShiftSchedule:
         """The shift of ASD's second timestep, in timesteps if the prior's schedule is not given.
         Raises `UsageError` for an unknown one."""
-        laws = {"random": random_shift, "deterministic": deterministic_shift}
-        if self.shift not in laws:
+        rules = {"random": random_shift, "deterministic": deterministic_shift}
+        if self.shift not in rules:
             words = ", ".join(get_args(get_type_hints(type(self))["shift"]))
             raise UsageError(f"shift is {self.shift!r}: expected one of {words}")
-        law, flow = laws[self.shift](self.eta), isinstance(schedule, FlowSchedule)
+        rule, flow = rules[self.shift](self.eta), isinstance(schedule, FlowSchedule)
         carried = self.shift_in == "log-snr" or (self.shift_in == "auto" and flow)
-        return law if schedule is None or not carried else LogSNRShift(schedule, law)
+        return rule if schedule is None or not carried else LogSNRShift(schedule, rule)
 
 # %% ../../nbs/35_distill/45_distill_settings.ipynb #1b12e475
 @dataclass(frozen=True)

@@ -49,7 +49,8 @@ def latent_sizes(
         raise UsageError(
             f"the {'U-Net' if part == 'unet' else part} maps {channels} channels (in_channels of "
             f"{part}/config.json) to {network.config.out_channels}, the VAE has "
-            f"{vae.config.latent_channels} (latent_channels of vae/config.json): expected one number, as in text-to-image models"
+            f"{vae.config.latent_channels} (latent_channels of vae/config.json): expected one "
+            "number, as in text-to-image models"
         )
     blocks = (
         vae.config.encoder_block_out_channels
