@@ -19,8 +19,9 @@ from scaledreamer.core.memory import free_host_memory, group_memory, memory_erro
 from scaledreamer.core.settings import Interval, RunError, UsageError
 from scaledreamer.training import memory_estimate, trainer
 from scaledreamer.training.corpora import number_prompts
+from scaledreamer.training.presets import paper
 from scaledreamer.training.run import build
-from scaledreamer.training.train_settings import TrainSettings, paper
+from scaledreamer.training.train_settings import TrainSettings
 
 NEEDED = {  # arguments without which a command does nothing
     "train": ["--prior", "mixture", "--generator", "ingp"],

@@ -25,7 +25,8 @@ from scaledreamer.toy.toy_settings import ToySettings
 from scaledreamer.training.method_defaults import resolve_settings
 from scaledreamer.training.run import build
 from scaledreamer.training.corpora import number_prompts
-from scaledreamer.training.train_settings import METHODS, PRESETS, TrainSettings, build_prior
+from scaledreamer.training.presets import PRESETS
+from scaledreamer.training.train_settings import METHODS, TrainSettings, build_prior
 from scaledreamer.training.train_settings import method_of, read_settings
 from scaledreamer.training.trainer import open_run, run_training
 

@@ -10,13 +10,14 @@ from torch import nn
 from released import fixture
 from scaledreamer.core.settings import UsageError
 from scaledreamer.field.background import BackgroundAugmentation
-from scaledreamer.training.checkpoints import load_optimizer, optimizer_tensors
+from scaledreamer.training.optimizer_state import load_optimizer, optimizer_tensors
 from scaledreamer.training.corpora import number_prompts
 from scaledreamer.training.optim_settings import OptimSettings
+from scaledreamer.training.presets import PRESETS, paper_triplane
 from scaledreamer.training.run import build
 from scaledreamer.training.step import training_step
 from scaledreamer.training.step_update import generator_optimizer, update_weights
-from scaledreamer.training.train_settings import PRESETS, TrainSettings, paper_triplane
+from scaledreamer.training.train_settings import TrainSettings
 from scaledreamer.training.trainer import run_training
 
 TEXTS = ("a red ball", "a blue cube", "a green chair", "a yellow car")

@@ -18,7 +18,8 @@ from scaledreamer.prior.pipelines import random_pipeline
 from scaledreamer.prior.execution import PriorSettings, apply_execution, share_text
 from scaledreamer.prior.stable_diffusion import StableDiffusionPrior, image_latents
 from scaledreamer.recipes.step_memory import MEMORY_PRESETS
-from scaledreamer.training.train_settings import TrainSettings, paper, read_settings
+from scaledreamer.training.presets import paper
+from scaledreamer.training.train_settings import TrainSettings, read_settings
 
 ROUNDING, HALF = (
     1e-5,

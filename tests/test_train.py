@@ -23,9 +23,10 @@ from scaledreamer.prior.stable_diffusion import StableDiffusionPrior
 from scaledreamer.training.checkpoints import checkpoint_steps
 from scaledreamer.training.corpora import number_prompts
 from scaledreamer.training.method_defaults import resolve_settings
+from scaledreamer.training.presets import paper
 from scaledreamer.training.run import build
 from scaledreamer.training.step_batch import step_prompts
-from scaledreamer.training.train_settings import TrainSettings, build_prior, paper, read_settings
+from scaledreamer.training.train_settings import TrainSettings, build_prior, read_settings
 from scaledreamer.training.trainer import open_run, run_training
 
 

@@ -38,7 +38,8 @@ from ..training.corpora import load_corpus
 from ..training import step as training
 from ..training.step_update import generator_optimizer
 from ..training import step_batch
-from ..training.train_settings import TrainSettings, build_generator, paper
+from ..training.presets import paper
+from ..training.train_settings import TrainSettings, build_generator
 from ..training.run import Run, build
 
 # %% ../../nbs/85_bench/90_step_speed.ipynb #e1e694fa

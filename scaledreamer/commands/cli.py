@@ -115,7 +115,7 @@ class Command(Protocol):
 
 def preset_of(argv: list[str]) -> str:
     "The value of --preset. Raises UsageError where the value is missing."
-    from scaledreamer.training.train_settings import PRESETS
+    from scaledreamer.training.presets import PRESETS
 
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("--preset", default="toybox")
@@ -129,7 +129,8 @@ def prepare_train(argv: list[str]) -> tuple[list[str], Any]:
     """Arguments of `train` with present names, and its defaults, which the preset decides.
 
     Raises UsageError for both a corpus and prompts."""
-    from scaledreamer.training.train_settings import PRESETS, RENAMED, RENAMED_VALUES
+    from scaledreamer.training.presets import PRESETS
+    from scaledreamer.training.train_settings import RENAMED, RENAMED_VALUES
 
     given = {argument.partition("=")[0] for argument in argv}
     if {"--prompt", "--corpus"} <= given:

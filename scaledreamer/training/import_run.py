@@ -17,9 +17,10 @@ from ..distill.distill_settings import DistillSettings
 from ..release.import_weights import Imported, import_weights
 from .checkpoints import save_checkpoint
 from .corpora import load_corpus
+from .presets import paper
 from .run import Run, build
 from .run_folder import check_run_folder, start_folder
-from .train_settings import TrainSettings, paper
+from .train_settings import TrainSettings
 
 # %% ../../nbs/70_training/60_import_run.ipynb #85c62299
 def import_settings(found: Imported, prior: str, corpus: str, device: str = "cpu") -> TrainSettings:
