@@ -2,6 +2,7 @@
 
 import json
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -404,3 +405,32 @@ def test_pipelines_that_cannot_be_read_are_named(folders, tmp_path, capsys):
     error = capsys.readouterr()[1]
     assert "a FluxPipeline has two text encoders" in error
     assert "expected a StableDiffusionPipeline" in error and "StableDiffusion3Pipeline" in error
+
+
+def test_what_is_downloaded_of_a_transformer(folders, monkeypatch):
+    "All parts of a Stable Diffusion 3; of another model its index alone."
+    names = [
+        path.relative_to(folders / "t5").as_posix()
+        for path in (folders / "t5").rglob("*")
+        if path.is_file()
+    ]
+    found, index = {}, {"file": folders / "t5/model_index.json"}
+
+    def snapshot_download(repo_id, revision=None, allow_patterns=None, local_files_only=False):
+        found["files"] = allow_patterns
+        return str(index["file"].parent)
+
+    siblings = [SimpleNamespace(rfilename=name) for name in [*names, "sd3_medium.safetensors"]]
+    info = SimpleNamespace(siblings=siblings)
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", lambda *args, **options: info)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda **options: str(index["file"]))
+    assert open_prior("owner/name").text.t5 is not None
+    assert sorted(found["files"]) == sorted(names)
+    other = json.loads(index["file"].read_text()) | {"_class_name": "FluxPipeline"}
+    index["file"] = folders / "flux/model_index.json"
+    index["file"].parent.mkdir()
+    index["file"].write_text(json.dumps(other))
+    with pytest.raises(UsageError, match="a FluxPipeline has three text encoders"):
+        open_prior("owner/name")
+    assert found["files"] == ["model_index.json"]
