@@ -173,8 +173,7 @@ class Toy:
     # what to optimise: 2D points under exact scores, or images of a prior
     what: tyro.conf.Positional[Literal["points", "images"]]
     out: Path  # folder to write toy.json and its figures to
-    # methods, separated by commas; also nfsd, bridge, sdi, ism, esd, rfds, pfd; for points also
-    # exact-vsd
+    # methods, separated by commas; also nfsd, bridge, sdi, ism, esd, rfds, pfd; points: exact-vsd
     methods: str = "sds,csd,vsd,asd"
     seeds: int = 3  # number of repetitions, with seeds 0, 1, ...; from 1 to 10000
     # steps per seed, from 1 to 10^8; None: 1000 for points, 300 for images
