@@ -20,7 +20,7 @@ from transformers import T5EncoderModel, T5TokenizerFast
 from ..core.settings import UsageError
 from .base import pack_text
 from .clip_text import TextCache, text_ids, token_window
-from .pipeline_fit import check_text, check_vae, latent_sizes
+from .pipeline_fit import check_vocabulary, check_vae, latent_sizes
 from .pipelines import random_vae, small_tokenizer
 
 # %% ../../nbs/30_prior/97_sd3_text.ipynb #9124ad9e
@@ -131,7 +131,7 @@ def check_sd3_fit(transformer: SD3Transformer2DModel, vae: AutoencoderKL, text: 
         )
     check_vae(vae)
     for clip in text.clips:
-        check_text(*clip)
+        check_vocabulary(*clip)
     given = sum(encoder.config.projection_dim for _, encoder in text.clips)
     if given != config.pooled_projection_dim or given > config.joint_attention_dim:
         raise UsageError(
