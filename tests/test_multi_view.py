@@ -28,10 +28,12 @@ from scaledreamer.prior.multi_view_unet import MultiViewUNet
 from scaledreamer.prior.open_pipeline import open_pipeline
 from scaledreamer.prior.pipelines import quiet, random_pipeline, random_unet
 from scaledreamer.prior.stable_diffusion import StableDiffusionPrior
+from scaledreamer.training.optim_settings import OptimSettings
 from scaledreamer.training.step import shared_rows
+from scaledreamer.training.step_inspection import inspect_step
 from scaledreamer.training.train_settings import ESTIMATOR_METHODS, METHODS, TrainSettings
 from scaledreamer.training.train_settings import build_prior
-from scaledreamer.training.trainer import run_training
+from scaledreamer.training.trainer import open_run, run_training
 
 PROMPTS = ["a red ball", "a blue cube", "a ball on a cube"]
 CAMERAS = orbit(4, prompts=3, elevation=20.0).c2w().flatten(0, 1).flatten(1)  # [12, 16]
@@ -105,7 +107,7 @@ def test_the_original_checkpoint(tmp_path, monkeypatch, wrapped):
             state[f"model.diffusion_model.camera_embed.{theirs}.{x}"] = value
     torch.save({"state_dict": state} if wrapped else state, file)
     parts = ("unet", "vae", "text_encoder")
-    to_json = lambda part: (part.config if hasattr(part.config, "to_json_string") else part)  # noqa: E731
+    to_json = lambda part: part.config if hasattr(part.config, "to_json_string") else part  # noqa: E731
     configs = {part: json.loads(to_json(getattr(pipe, part)).to_json_string()) for part in parts}
     monkeypatch.setattr(single_file, "_version", lambda *args: 2)
     monkeypatch.setattr(single_file, "single_file_configs", lambda version: configs)
@@ -118,9 +120,7 @@ def test_the_original_checkpoint(tmp_path, monkeypatch, wrapped):
     true = MultiViewPrior(
         unet, pipe.vae, TextCache(pipe.tokenizer, pipe.text_encoder), pipe.scheduler
     )
-    torch.testing.assert_close(
-        prior.encode_text(PROMPTS).tokens, true.encode_text(PROMPTS).tokens
-    )
+    torch.testing.assert_close(prior.encode_text(PROMPTS).tokens, true.encode_text(PROMPTS).tokens)
     true.latent_shape = prior.latent_shape
     torch.testing.assert_close(noise_of(prior), noise_of(true))
     with pytest.raises(UsageError, match="sees groups of 4 views: open it with MultiViewPrior"):
@@ -179,7 +179,10 @@ def port(folder, tmp_path):
     (place / "model_index.json").write_text(json.dumps(index))
     (place / "unet").mkdir()
     (place / "unet/config.json").write_text(json.dumps(port_config(unet)))
-    camera = {"class_embedding.linear_1": "camera_embed.0", "class_embedding.linear_2": "camera_embed.2"}
+    camera = {
+        "class_embedding.linear_1": "camera_embed.0",
+        "class_embedding.linear_2": "camera_embed.2",
+    }
     state = {}
     for key, value in unet.state_dict().items():
         layer, _, kind = key.rpartition(".")
@@ -480,3 +483,21 @@ def test_shared_noise_and_timesteps(folder, tmp_path, monkeypatch):
     more = run_training(tmp_path / "run", replace(settings, steps=3), resume=True, show=False)
     assert more.step == 3 and more.settings.cameras.rig
     assert shared_rows(TrainSettings(views_per_prompt=3, distill=own)) == (1, 3)
+
+
+def test_parts_of_a_step_are_whole_groups(folder, tmp_path):
+    "Gradients that are accumulated over prompts are those of the whole batch."
+    weights = []
+    for parts in (1, 2):
+        optim = OptimSettings(accumulate=parts)
+        settings = small(folder, method="asd", steps=1, optim=optim)
+        run = run_training(tmp_path / str(parts), settings, show=False)
+        weights.append(torch.cat([p.detach().flatten() for p in run.generator.parameters()]))
+    torch.testing.assert_close(*weights, rtol=1e-3, atol=1e-4)
+
+
+def test_a_trained_run_opens_and_shows_a_step(folder, tmp_path):
+    run_training(tmp_path / "run", small(folder, method="asd", log_every=1), show=False)
+    run = open_run(tmp_path / "run")
+    assert run.settings.views_per_prompt == 4 and run.settings.distill.timestep_per == "ring"
+    assert inspect_step(run, 1) is not None
