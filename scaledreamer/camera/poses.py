@@ -93,7 +93,7 @@ class RigCameras:
     fovy: Range = (15.0, 60.0)  # smallest and largest vertical field of view, degrees from 1 to 170
     sphere_share: float = 0.5  # chance, from 0 to 1, that a batch takes the second distribution
     as_released: bool = False  # second distribution of elevations: the release's, or on the sphere
-    views_per_ring: int = 0  # views of a prompt on one ring, up to 4096; 0: all of them
+    views_per_ring: int = 0  # views of a prompt on one ring, from 0 to 4096; 0: all of them
 
     def __post_init__(self):
         check_ranges(self, elevation=_ELEVATION, distance=_DISTANCE, fovy=_FOVY)
@@ -145,7 +145,7 @@ class FramedCameras:
     object_radius: float = 0.65
     margin: float = 1.05  # free space around that sphere, a factor of its radius, from 1 to 1000
     rig: bool = False  # place the views of a prompt on evenly spaced rings
-    views_per_ring: int = 0  # views of a prompt on one ring, up to 4096; 0: all of them
+    views_per_ring: int = 0  # views of a prompt on one ring, from 0 to 4096; 0: all of them
 
     def __post_init__(self):
         check_ranges(self, elevation=_ELEVATION, fovy=_FOVY, object_radius=_DISTANCE)
