@@ -86,6 +86,7 @@ def evaluate_run(run: Run, scorer: ClipScorer | None, views: int = 120) -> dict:
         gallery=galleries,
         renderer=renderer,
         device=run.settings.device,
+        beta=run.settings.render.beta,
     )
     cost = training_cost(run.folder / "sessions.jsonl")
     result = {"step": run.step} | metrics | cost | {"machine": machine()}
@@ -99,8 +100,12 @@ SUMMARY = {
     "r_at_1_object": "R@1 by object",
     "sim": "Sim",
     "volume_iou": "IoU",
+    "volume_iou_picture": "IoU of the picture",
     "volume_iou_aligned": "aligned IoU",
     "silhouette_iou": "silhouette IoU",
+    "front_right": "one right front",
+    "janus": "Janus",
+    "lost": "lost",
 }
 
 

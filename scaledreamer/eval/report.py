@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['CLIP_METRICS', 'CELL', 'TRUTH_METRICS', 'Renderer', 'Scorer', 'Gallery', 'make_gallery', 'clip_metrics',
-           'truth_metrics', 'summarise', 'RenderedGroup', 'default_renderer', 'evaluate_group', 'evaluate_scenes']
+           'truth_metrics', 'RenderedGroup', 'default_renderer', 'capture_group', 'check_images', 'evaluate_group',
+           'evaluate_scenes']
 
 # %% ../../nbs/75_eval/30_report.ipynb #38bbc59b
 import math
@@ -21,8 +22,13 @@ from ..camera.cameras import Cameras
 from ..camera.poses import orbit
 from ..core.settings import RunError, UsageError
 from .clip import cosines, recall, recall_by_object
+from .image_measures import measured_views, over_white
+from .picture_level import picture_level
+from .references import intervals, reference_metrics, reference_summary
+from .references import summarise
 from .truth import chamfer, field_grid, silhouette_iou, solid_field, surface_points
 from .truth import truth_of, volume_iou, volume_iou_aligned
+from .view_metrics import FRONT_VIEWS, VIEW_METRICS, Capture, capture_truth
 from ..field.scene import DensityScene, Scene
 from ..rendering.volume import RenderSettings, render_views
 from ..training.corpora import Prompt
@@ -108,13 +114,6 @@ def truth_metrics(
     )
     return dict(zip(TRUTH_METRICS, values))
 
-# %% ../../nbs/75_eval/30_report.ipynb #be6cde1e
-def summarise(rows: Sequence[dict[str, Any]]) -> dict[str, float | None]:
-    "The mean of every metric of `per_prompt` rows, of all prompts or of one split."
-    names = [name for name in rows[0] if name not in ("id", "text", "split")]
-    known = {name: [row[name] for row in rows if row[name] is not None] for name in names}
-    return {name: sum(values) / len(values) if values else None for name, values in known.items()}
-
 # %% ../../nbs/75_eval/30_report.ipynb #3fd9857e
 @runtime_checkable
 class RenderedGroup(Protocol):
@@ -131,6 +130,41 @@ def default_renderer(scene: Scene | DensityScene, cameras: Cameras, size: int) -
     "The package's renderer at its default settings, over the scene's own background."
     return render_views(scene, cameras, size, size, RenderSettings())
 
+# %% ../../nbs/75_eval/30_report.ipynb #937ccdcc
+def capture_group(
+    scene: Scene | DensityScene,
+    seen: RenderedGroup,  # on the circle, from azimuth 0 on
+    truths: Sequence[ToyObject | None],
+    grids: Float[Tensor, "b r r r"],  # whose zero level is the outline of the pictures
+    size: int,
+    renderer: Renderer,
+) -> list[Capture]:
+    "A capture of each prompt of a scene."
+    device, count = seen.rgb.device, seen.rgb.shape[1]
+    more = renderer(scene, measured_views(len(truths)).to(device), size)
+    step, rest = divmod(count, FRONT_VIEWS)
+    circle = seen
+    if rest or not step:
+        circle = renderer(scene, orbit(FRONT_VIEWS, prompts=len(truths)).to(device), size)
+        step = 1
+    on_white = lambda x, i: over_white(
+        x.rgb[i], x.opacity[i], getattr(x, "background", torch.ones_like(x.rgb))[i]
+    ).cpu()
+    return [
+        Capture(on_white(more, i), more.opacity[i].cpu(), on_white(circle, i)[::step], grids[i])
+        for i in range(len(truths))
+    ]
+
+# %% ../../nbs/75_eval/30_report.ipynb #8a6e7ea3
+def check_images(seen: RenderedGroup, prompts: Sequence[Prompt]) -> None:
+    "Raises `RunError` for images that are not finite."
+    for i, prompt in enumerate(prompts):
+        if not seen.rgb[i].isfinite().all():
+            raise RunError(
+                f"the pictures of prompt {prompt.id} ({prompt.text!r}) are not finite: "
+                "go back to an earlier checkpoint"
+            )
+
 # %% ../../nbs/75_eval/30_report.ipynb #379d9e04
 @torch.no_grad()
 def evaluate_group(
@@ -141,8 +175,9 @@ def evaluate_group(
     cameras: Cameras,
     size: int,  # of the views, pixels
     renderer: Renderer,
+    beta: float = RenderSettings().beta,  # of the renderer, world units
 ) -> list[dict[str, Any]]:
-    "One row of metrics per prompt of a scene. Raises `RunError` for images that are not finite."
+    "A row per prompt, with `reference`. Raises `RunError` for images that are not finite."
     seen = renderer(scene, cameras, size)
     resolution = 2 * math.ceil(scene.radius / CELL)
     half = resolution * CELL / 2
@@ -150,23 +185,26 @@ def evaluate_group(
     if any(truths):
         field = solid_field(scene, len(prompts))
         grids = field_grid(field, resolution, half, cameras.elevation.device)
+    check_images(seen, prompts)
+    references = [None] * len(prompts)
+    if any(truths):
+        outlined = grids - (picture_level(scene, beta) or 0.0)
+        captured = capture_group(scene, seen, truths, outlined, size, renderer)
+        true = [t and capture_truth(t, size, resolution, half) for t in truths]
+        names = [prompt.text for prompt in prompts]
+        references = reference_metrics(captured, true, names, scorer and scorer.image_features)
     rows = []
     for i, (prompt, truth) in enumerate(zip(prompts, truths)):
-        if not seen.rgb[i].isfinite().all():
-            raise RunError(
-                f"the pictures of prompt {prompt.id} ({prompt.text!r}) are not finite: "
-                "go back to an earlier checkpoint"
-            )
         metrics = dict.fromkeys(CLIP_METRICS)
         if scorer:
-            images = scorer.image_features(seen.rgb[i]).cpu()
-            metrics = clip_metrics(images, prompt.text, galleries)
+            metrics = clip_metrics(scorer.image_features(seen.rgb[i]).cpu(), prompt.text, galleries)
         if truth is None:
             metrics |= dict.fromkeys(TRUTH_METRICS)
         else:
-            opacity, own = seen.opacity[i, :, 0].cpu(), cameras[i : i + 1].to("cpu")
-            metrics |= truth_metrics(grids[i], opacity, truth, own, half)
-        rows.append({"id": prompt.id, "text": prompt.text, "split": prompt.split} | metrics)
+            opacity, around = seen.opacity[i, :, 0].cpu(), cameras[i : i + 1].to("cpu")
+            metrics |= truth_metrics(grids[i], opacity, truth, around, half)
+        own = (references[i] or {}).get("prediction", dict.fromkeys(VIEW_METRICS))
+        rows.append(vars(prompt) | metrics | own | {"reference": references[i]})
     return rows
 
 # %% ../../nbs/75_eval/30_report.ipynb #e0634ce8
@@ -182,6 +220,7 @@ def evaluate_scenes(
     progress: Callable[[int, int], None] | None = None,  # called with prompts done, and all
     at_once: int = 4,  # prompts in memory
     device: str | torch.device = "cpu",  # of the scenes
+    beta: float = RenderSettings().beta,  # of the renderer, world units
 ) -> dict[str, Any]:
     """All metrics of `eval.json`, and the rows of `per_prompt` behind them.
 
@@ -202,9 +241,11 @@ def evaluate_scenes(
         cameras = orbit(views, prompts=len(group)).to(device)
         with torch.no_grad():
             scene = scene_of([prompt.text for prompt in group])
-        rows += evaluate_group(scene, group, scorer, galleries, cameras, size, renderer)
+        rows += evaluate_group(scene, group, scorer, galleries, cameras, size, renderer, beta)
         if progress is not None:
             progress(len(rows), len(prompts))
     about = {"clip_model": scorer and scorer.name, "n_views": views, "image_size": size}
     sizes = {f"gallery_size{g.suffix}": len(g.features) for g in galleries}
-    return summarise(rows) | about | sizes | {"per_prompt": rows}
+    more = reference_summary(rows) | {"intervals": intervals(rows)}
+    rows = [{k: v for k, v in row.items() if k != "reference"} for row in rows]
+    return summarise(rows) | about | sizes | more | {"per_prompt": rows}

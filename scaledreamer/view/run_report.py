@@ -23,6 +23,7 @@ from ..camera.poses import orbit
 from ..core.figures import curves, image_grid
 from ..core.settings import RunError
 from ..core.files import replacing, write_atomic, writing
+from ..eval.picture_level import picture_level
 from ..eval.truth import truth_of
 from ..training.corpora import Prompt
 from ..toybox.renders import render_object
@@ -60,14 +61,16 @@ def write_views(
 def write_meshes(
     run: Run, prompts: Sequence[Prompt], resolution: int = 96
 ) -> set[str]:  # ids of the prompts that have one
-    "Write each prompt's mesh into the run folder; a scene without a surface has none."
+    "Write each prompt's mesh into the run folder; at the level that a picture outlines."
     written = set()
     with writing(run.folder / "meshes"):
         (run.folder / "meshes").mkdir(exist_ok=True)
     for prompt in prompts:
+        scene = run.scene([prompt.text])
+        level = picture_level(scene, run.settings.render.beta)
         try:
             mesh = extract_mesh(
-                run.scene([prompt.text]), resolution=resolution, device=run.settings.device
+                scene, resolution=resolution, level=level, device=run.settings.device
             )
         except RunError:
             continue
@@ -90,14 +93,31 @@ h2{{font-size:1em;margin:1.6em 0 .3em}}p{{margin:.2em 0}}
 </style></head><body>
 <h1>{title}</h1><p>{what}</p><table>{metrics}</table>{curve}{prompts}{script}</body></html>
 """
+
+# %% ../../nbs/80_view/30_run_report.ipynb #8839675b
 METRIC_NAMES = {
     "r_at_1": "R@1 by view",
     "r_at_1_object": "R@1 by object",
     "sim": "CLIP similarity",
     "volume_iou": "volume IoU",
+    "volume_iou_picture": "volume IoU, level of the picture",
     "volume_iou_aligned": "volume IoU, aligned",
     "silhouette_iou": "silhouette IoU",
     "chamfer": "chamfer distance",
+    "f_score": "F-score of surfaces",
+    "front_right": "one front, in its place",
+    "fronts": "fronts",
+    "janus": "several fronts (Janus)",
+    "lost": "prompts lost",
+    "colour_error": "colour error",
+    "psnr": "PSNR, dB",
+    "ssim": "SSIM",
+    "clip_distance": "CLIP distance to true views",
+    "silhouette_iou_el-10": "silhouette IoU at elevation -10",
+    "silhouette_iou_el+15": "silhouette IoU at elevation 15",
+    "silhouette_iou_el+45": "silhouette IoU at elevation 45",
+    "silhouette_iou_el+75": "silhouette IoU at elevation 75",
+    "collapse": "likeness between prompts above the truth's",
     "train_seconds": "training, seconds",
     "peak_memory_gb": "peak memory, GB",
 }
@@ -111,11 +131,24 @@ def known_metrics(result: dict) -> dict[str, str]:
         if result.get(key) is not None
     }
 
-
+# %% ../../nbs/80_view/30_run_report.ipynb #9f060f32
 def metrics_table(result: dict) -> str:
-    "Rows of the metrics that are known."
-    rows = known_metrics(result).items()
-    return "".join(f"<tr><th>{name}</th><td>{value}</td></tr>" for name, value in rows)
+    "Rows of the known metrics: value, 95 % interval over prompts, the truth's own, chance."
+    intervals = result.get("intervals") or {}
+    parts = [name for name in ("truth", "chance", "seen", "unseen") if result.get(name)]
+    columns = [known_metrics(result[name]) for name in parts]
+    heads = "".join(f"<th>{name}</th>" for name in ("", "mean", "95 % over prompts", *parts))
+    rows = [f"<tr>{heads}</tr>"] if parts else []
+    for key, name in METRIC_NAMES.items():
+        if (value := known_metrics(result).get(name)) is None:
+            continue
+        cells = [value]
+        if parts:
+            ends = intervals.get(key)
+            cells += [f"{ends[0]:.3f} to {ends[1]:.3f}" if ends else ""]
+            cells += [column.get(name, "") for column in columns]
+        rows.append(f"<tr><th>{name}</th>{''.join(f'<td>{x}</td>' for x in cells)}</tr>")
+    return "".join(rows)
 
 # %% ../../nbs/80_view/30_run_report.ipynb #90156212
 def inline(image: Image.Image, alt: str) -> str:
