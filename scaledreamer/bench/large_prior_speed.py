@@ -19,7 +19,8 @@ from torch import Tensor
 from .paired import PairedBenchmark, compare
 from ..core.settings import RunError
 from ..core.tensors import seeded
-from ..recipes.architectures import MVDREAM_VIEWS, mvdream_unet, sd21_unet, sd21_vae
+from ..prior.camera_embedding import MVDREAM_VIEWS
+from ..recipes.architectures import mvdream_unet, sd21_unet, sd21_vae
 from ..prior.pipelines import quiet
 from ..prior.execution import PriorSettings, apply_execution
 from ..prior.stable_diffusion import image_latents

@@ -27,6 +27,10 @@ from .pipelines import quiet
 class JoinedViews(SharedText):
     "An attention processor of diffusers whose self-attention is over `views` consecutive rows."
 
+    def __init__(self, views: int = 1) -> None:  # unless a call gives another number
+        super().__init__()
+        self.views = views
+
     def __call__(
         self,
         attn: Attention,
@@ -35,8 +39,9 @@ class JoinedViews(SharedText):
         attention_mask: Tensor | None = None,
         temb: Tensor | None = None,
         rows: Rows | None = None,
-        views: int = 1,
+        views: int | None = None,
     ) -> Tensor:
+        views = views or self.views
         if encoder_hidden_states is not None or views == 1:
             return super().__call__(
                 attn, hidden_states, encoder_hidden_states, attention_mask, temb, rows
