@@ -91,7 +91,7 @@ def front_scores(
 
 # %% ../../nbs/75_eval/26_fronts.ipynb #06428de4
 FRONT = 0.5  # likeness from which a view shows the front
-APART = 75.0  # smallest angle between two fronts, degrees
+APART = 90.0  # smallest angle between two fronts, degrees
 
 
 def front_azimuths(
