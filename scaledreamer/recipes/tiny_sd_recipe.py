@@ -11,7 +11,7 @@ import json
 import os
 import random
 import time
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 

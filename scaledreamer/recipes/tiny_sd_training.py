@@ -30,7 +30,7 @@ from ..core.settings import Interval, UsageError, check_ranges, to_json
 from ..core.tensors import seeded
 from ..prior.camera_embedding import with_cameras
 from ..prior.multi_view_unet import MultiViewUNet
-from .tiny_sd import SCALING, WINDOW, make_autoencoder, make_scheduler
+from .tiny_sd import SCALING, WINDOW, make_scheduler
 from .tiny_sd import make_text_encoder, make_tokenizer, make_unet
 from ..toybox.render_sets import Note, RenderSet
 
@@ -71,18 +71,19 @@ class RecipeSettings:
     ema: float = 0.999  # decay per step of the average of the weights, from 0 to below 1
     late: float = 0.5  # share, from 0 to 1, of timesteps 750 to 999, which teach the view
     singles: float = 0.6  # share, from 0 to 1, of images drawn from those of single shapes
-    images: int = 160_000  # renders, a multiple of 4 from 4 to 10^8
+    images: int = 160_000  # renders, a multiple of 4, from 4 to 10^8
     decoder_steps: int = 3000  # training steps of the decoder of latents, from 1 to 10^8
     start: Path | None = None  # a tiny-sd folder whose weights training starts from
     save_every: int = 300  # steps between checkpoints, from 1 to 10^8
     sample_every: int = 2000  # steps between pictures of samples, from 1 to 10^8
-    views: int = 1  # that the U-Net sees at once: 1, or 4 with their cameras
+    views: int = 1  # that the U-Net sees at once, from 1 to 4: 1, or 4 with their cameras
     device: str = "cpu"  # as torch names it, such as cuda
 
     def __post_init__(self) -> None:
         count, part = Interval(1, 10**8), Interval(0, 1)
         check_ranges(self, steps=count, save_every=count, sample_every=count)
-        check_ranges(self, images=count, decoder_steps=count, batch=Interval(1, 4096))
+        check_ranges(self, images=Interval(4, 10**8), views=Interval(1, 4))
+        check_ranges(self, decoder_steps=count, batch=Interval(1, 4096))
         check_ranges(self, lr=Interval(0, 10, "low"), ema=Interval(0, 1, "high"))
         check_ranges(self, seed=Interval(0, 2**32 - 1), late=part, singles=part)
         if self.views not in (1, 4) or self.batch % self.views or self.images % 4:
