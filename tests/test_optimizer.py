@@ -145,7 +145,7 @@ def test_what_does_not_go_together_is_refused(changes, message):
         TrainSettings(**changes)
 
 
-# ---------------------------------------------------------------- the recipe of the Triplane-Transformer
+# the recipe of the Triplane-Transformer
 
 
 def test_the_recipe_of_the_release():

@@ -20,13 +20,13 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from .mesh_speed import plain_twin
 from .paired import PairedBenchmark, compare
-from .render_speed import psnr
 from .stopwatch import Place, split
 from ..camera.poses import orbit
 from ..camera.rays import camera_rays
 from ..core.settings import RunError
 from ..core.tensors import seeded
 from ..core.async_metrics import LazyMetrics
+from ..eval.image_measures import psnr
 from ..recipes.architectures import sd21_unet, sd21_vae
 from ..prior.base import Prior
 from ..prior.clip_text import TextCache

@@ -32,7 +32,7 @@ from ..prior.camera_embedding import with_cameras
 from ..prior.multi_view_unet import MultiViewUNet
 from .tiny_sd import SCALING, WINDOW, make_scheduler
 from .tiny_sd import make_text_encoder, make_tokenizer, make_unet
-from ..toybox.render_sets import Note, RenderSet
+from ..toybox.render_sets import RenderNote, RenderSet
 
 # %% ../../nbs/82_recipes/20_tiny_sd_training.ipynb #54099719
 def training_caption(caption: str, azimuth: float, elevation: float, rng: random.Random) -> str:
@@ -51,7 +51,7 @@ def plain_caption(caption: str, rng: random.Random) -> str:
     return "" if rng.random() < 0.1 else caption
 
 
-def note_cameras(notes: Sequence[Note]) -> Float[Tensor, "b 16"]:
+def note_cameras(notes: Sequence[RenderNote]) -> Float[Tensor, "b 16"]:
     "The cameras of renders as MVDream reads them, with positions of unit length."
     _, azimuth, elevation = zip(*notes)
     azimuth, elevation = torch.tensor([azimuth]), torch.tensor([elevation])

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['NoiseSample', 'sample_noise', 'estimator_cameras', 'step_cameras', 'distill', 'fit_estimator', 'PriorQuery',
-           'shared_rows', 'step_noise', 'query_prior', 'step_metrics', 'StepPart', 'distill_part', 'merged',
+           'shared_rows', 'step_noise', 'query_prior', 'step_metrics', 'StepPart', 'distill_part', 'merge_parts',
            'training_step']
 
 # %% ../../nbs/70_training/40_step.ipynb #0ef9ce45
@@ -208,7 +208,7 @@ def distill_part(
     return StepPart(noise, latents.detach(), query, losses, metrics)
 
 # %% ../../nbs/70_training/40_step.ipynb #f0214ca3
-def merged(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+def merge_parts(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     "Losses or metrics of a step from those of its equal parts."
     over = {"gradient_norm_low": torch.amin, "gradient_norm_high": torch.amax}
     if len(parts) == 1:
@@ -233,7 +233,7 @@ def training_step(run: Run, texts: TextEmbedding) -> LazyMetrics:
     for k, part in enumerate(batch.split(settings.optim.accumulate)):
         parts.append(distill_part(run, texts, part, k, rng, parts[0].noise if parts else None))
 
-    losses, first = merged([part.losses for part in parts]), parts[0]
+    losses, first = merge_parts([part.losses for part in parts]), parts[0]
     norms = [part.query.score.gradient.norm() for part in parts]
     finite = run.monitor.record(run.step, losses, *norms, gradient_norm(generator))
     run.monitor.check_if_cheap()
@@ -247,5 +247,5 @@ def training_step(run: Run, texts: TextEmbedding) -> LazyMetrics:
     lr = settings.optim.lr_at(run.step, settings.steps) * generator.lr_scale
     update_weights(run.optimizer, lr, finite)
     logged = {f"loss_{name}": loss for name, loss in losses.items()} | estimated
-    logged |= merged([part.metrics for part in parts])
+    logged |= merge_parts([part.metrics for part in parts])
     return LazyMetrics(run.monitor, logged | {"lr": lr})
