@@ -74,7 +74,7 @@ class Curve:
 
     out: Path  # result file to write, .json; its figure is written beside it as .png
     prior: str = "tiny-sd"  # 2D prior: tiny-sd, mixture, or a Stable Diffusion folder or hub id
-    corpus: str = "toybox-15"  # toybox-15, toybox-800, or a .txt .json .jsonl .csv .tsv .yaml file
+    corpus: str = "toybox-15"  # toybox-15, toybox-800, toybox-unseen, or a file such as prompts.txt
     # images: Toybox renders with view words, samples of the prior (DDIM), or distilled by VSD
     images: Literal["renders", "samples", "vsd"] = "renders"
     each: int = 16  # images per prompt, from 1 to 4096

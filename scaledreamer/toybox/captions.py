@@ -34,7 +34,7 @@ def object_of(caption: str) -> ToyObject:
 
 # %% ../../nbs/25_toybox/30_captions.ipynb #5787d742
 def is_unseen(caption: str) -> bool:
-    "Whether a caption puts a shape on another in a pair that the tiny priors never saw."
+    "Whether a caption puts a shape on another in a pair that `make-prior` leaves out."
     match, shapes = CAPTION.fullmatch(caption), list(SHAPES)
     if match is None or match[4] is None:
         return False

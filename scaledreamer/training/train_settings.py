@@ -53,7 +53,7 @@ class TrainSettings:
     # 2D diffusion model: tiny-sd, tiny-mv, which sees four views at once, mixture, or the folder,
     # file or hub id of a Stable Diffusion or MVDream
     prior: str = "tiny-sd"
-    corpus: str = "toybox-15"  # toybox-15, toybox-800, or a .txt .json .jsonl .csv .tsv .yaml file
+    corpus: str = "toybox-15"  # toybox-15, toybox-800, toybox-unseen, or a file such as prompts.txt
     # prompts themselves, in place of a corpus: --prompt "a red car" "a blue house"
     prompt: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
     # text-to-3D network: hyper-ingp, conv3d, triplane or ingp, their -paper sizes, conv3d-paper-2
