@@ -291,7 +291,7 @@ def test_each_method_has_its_own_defaults(photos):
     assert resolve_settings(TrainSettings(), tiny).distill.guidance == 1.5
     sds = resolve_settings(TrainSettings(method="sds"), tiny).distill
     assert sds.guidance == 5.0
-    mine = DistillSettings(guidance=3.0, weight=0.5, view_prompting="words")
+    mine = DistillSettings(guidance=3.0, weight=0.5, view_prompting="words", timestep_per="image")
     assert resolve_settings(TrainSettings(distill=mine), tiny).distill == mine
 
 
@@ -350,7 +350,9 @@ def test_toys_of_nfsd_and_bridge_start_with_their_default_texts(tmp_path, capsys
 
 def test_a_run_keeps_the_defaults_it_was_started_with(tmp_path):
     corpus, out = corpus_of(tmp_path, "a red car"), tmp_path / "run"
-    old = DistillSettings(guidance=1.5, weight=1.0, view_prompting="tokens")  # of earlier versions
+    old = DistillSettings(  # of earlier versions
+        guidance=1.5, weight=1.0, view_prompting="tokens", timestep_per="image"
+    )
     settings = TrainSettings(
         corpus=corpus,
         method="sds",
@@ -371,7 +373,7 @@ def test_a_run_keeps_the_defaults_it_was_started_with(tmp_path):
 
 def test_settings_of_earlier_versions_are_read():
     assert read_settings("{}").distill == DistillSettings(
-        guidance=1.5, weight=1.0, view_prompting="tokens"
+        guidance=1.5, weight=1.0, view_prompting="tokens", timestep_per="image"
     )
     text = '{"distill": {"guidance": null, "views": "perp-neg", "defects": "fog"}}'
     distill = read_settings(text).distill

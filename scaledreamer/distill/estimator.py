@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ..core.settings import UsageError
 from ..core.tensors import seeded
 from ..prior.base import Evaluation, Prior, predict_noise_batched
-from ..prior.camera_embedding import check_groups, unit_cameras
+from ..prior.view_groups import check_groups, unit_cameras
 from ..prior.schedule import NoiseSchedule
 
 # %% ../../nbs/35_distill/80_estimator.ipynb #69ecc746

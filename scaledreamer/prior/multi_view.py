@@ -16,8 +16,8 @@ from torch import Tensor
 from ..camera.cameras import camera_condition
 from ..core.tensors import seeded
 from .base import Rows
-from .camera_embedding import MVDREAM_VIEWS, check_groups, unit_cameras
-from .camera_embedding import with_cameras
+from .camera_embedding import MVDREAM_VIEWS, with_cameras
+from .view_groups import check_groups, unit_cameras
 from .clip_text import TextCache
 from .execution import PriorSettings, apply_execution
 from .multi_view_unet import MultiViewUNet

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from ..core.settings import UsageError
 from .base import Rows
-from .camera_embedding import check_groups, unet_views
+from .camera_embedding import unet_views
+from .view_groups import check_groups
 from .execution import SharedText, plain_attention
 from .latents import run_unet
 from .pipeline_parts import load_network
