@@ -152,6 +152,13 @@ def execute(page, command: str, **options) -> None:
     page.evaluate(code, [command, options])
 
 
+def change_theme(page, theme: str) -> None:
+    """To JupyterLab Dark or JupyterLab Light. JupyterLab removes its splash screen 200 ms later; a
+    second change before that makes it remove what is no longer there."""
+    execute(page, "apputils:change-theme", theme=theme)
+    page.wait_for_function("() => !document.getElementById('jupyterlab-splash')")
+
+
 def median_answer(page, label: str, keys: Sequence[str]) -> float:
     """Milliseconds from a key to the frame in which a label and the first figure have changed.
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import nbformat
 import pytest
 import torch
-from browser import check_answers, click_rail, execute, local_page, type_into
+from browser import change_theme, check_answers, click_rail, execute, local_page, type_into
 from nbclient import NotebookClient
 
 from scaledreamer.core.settings import UsageError
@@ -193,12 +193,12 @@ def test_the_explorer_in_a_lab(lab, browser, tmp_path):
         wait_for_figures(page, "d[4].x[0] === 440 && d[3].name === 'e_FT, exact mixture'", 2)
         page.wait_for_timeout(500)
         page.screenshot(path=tmp_path / "views.png")
-        execute(page, "apputils:change-theme", theme="JupyterLab Dark")
+        change_theme(page, "JupyterLab Dark")
         page.wait_for_function(
             "() => document.querySelector('.js-plotly-plot')._fullLayout.font.color.includes('255')"
         )
         page.screenshot(path=tmp_path / "dark.png")
-        execute(page, "apputils:change-theme", theme="JupyterLab Light")
+        change_theme(page, "JupyterLab Light")
         execute(page, "application:close")  # the second view
         execute(page, "docmanager:save")
         page.wait_for_timeout(1000)

@@ -10,6 +10,7 @@ from dataclasses import replace
 import ipywidgets
 import pytest
 import torch
+from browser import change_theme
 from PIL import Image
 
 from scaledreamer.core.settings import UsageError
@@ -448,8 +449,7 @@ slider""",
             """() => [...document.querySelectorAll('.scaledreamer-scene')].map((root) =>
               root.view.model.get('azimuth')).join() === '25,25'"""
         )
-        dark = "window.jupyterapp.commands.execute('apputils:change-theme', "
-        page.evaluate(f"() => {dark}{{ theme: 'JupyterLab Dark' }})")
+        change_theme(page, "JupyterLab Dark")
         wait_for_rest(page)
         page.screenshot(path=tmp_path / "dark.png")
-        page.evaluate(f"() => {dark}{{ theme: 'JupyterLab Light' }})")
+        change_theme(page, "JupyterLab Light")

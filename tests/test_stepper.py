@@ -6,7 +6,8 @@ import time
 
 import pytest
 import torch
-from browser import CURRENT, PLOT, check_answers, click_rail, execute, local_page, type_into
+from browser import CURRENT, PLOT, change_theme, check_answers, click_rail, execute
+from browser import local_page, type_into
 
 from scaledreamer.core.settings import RunError, UsageError
 from scaledreamer.toy.lockstep import Frame, Lockstep
@@ -281,10 +282,10 @@ def test_settings_of_the_stepper_in_a_lab(lab, browser, tmp_path):
         wait_for_figure(page, "d[6].x.length >= 6")
         page.locator("button.jupyter-button:has-text('reset')").click()
         assert check_step(page) == 0
-        execute(page, "apputils:change-theme", theme="JupyterLab Dark")
+        change_theme(page, "JupyterLab Dark")
         page.wait_for_timeout(1500)
         page.screenshot(path=tmp_path / "dark.png")
-        execute(page, "apputils:change-theme", theme="JupyterLab Light")
+        change_theme(page, "JupyterLab Light")
 
 
 def test_the_page_of_a_recording_needs_no_kernel_and_no_network(browser, tmp_path):
