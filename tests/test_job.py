@@ -333,7 +333,9 @@ def test_a_notebook_trains_is_interrupted_and_goes_on(browser, lab, tmp_path):
         shows(page, 6, "works")
         page.evaluate("() => window.jupyterapp.commands.execute('notebook:interrupt-kernel')")
         shows(page, 6, "KeyboardInterrupt")
+        page.wait_for_timeout(1000)  # the kernel drops what it is sent right after an error
         start(page, 5)
         shows(page, 5, "training")
         page.evaluate("() => window.jupyterapp.shell.currentWidget.sessionContext.shutdown()")
-        until(lambda: len(checkpoint_steps(lab.home / "interrupted/checkpoints")) == 3)
+        folder = lab.home / "interrupted/checkpoints"
+        until(lambda: any(step % 500 for step in checkpoint_steps(folder)[2:]))  # not a regular one
