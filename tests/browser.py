@@ -115,11 +115,11 @@ def run_all(page) -> None:
     page.evaluate(f"() => {CURRENT}.sessionContext.ready")
     page.evaluate("() => window.jupyterapp.commands.execute('notebook:run-all-cells')")
     ran = [cell for cell in cells(page) if cell["cell_type"] == "code"]
+    for output in (output for cell in ran for output in cell["outputs"]):
+        assert output["output_type"] != "error" and output.get("name") != "stderr", output
     assert [cell["execution_count"] for cell in ran] == list(range(1, len(ran) + 1)), (
         "not every cell ran"
     )
-    for output in (output for cell in ran for output in cell["outputs"]):
-        assert output["output_type"] != "error" and output.get("name") != "stderr", output
 
 
 @contextmanager

@@ -61,8 +61,20 @@ def preload():
     torch.optim.SGD([torch.zeros(1)])  # the first optimiser of a process imports a compiler
 
 
-__import__("threading").Thread(target=preload, daemon=True).start()
-del preload
+def begin():
+    import threading
+
+    def wait(*_):  # two threads that import at once can see half a module
+        events.unregister("pre_run_cell", wait)
+        thread.join()
+
+    thread, events = threading.Thread(target=preload, daemon=True), get_ipython().events
+    thread.start()
+    events.register("pre_run_cell", wait)
+
+
+begin()
+del begin, preload
 """
 
 
