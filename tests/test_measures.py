@@ -10,7 +10,7 @@ from scaledreamer.eval.fronts import front_azimuths, front_metrics, without_fron
 from scaledreamer.eval.picture_level import picture_level
 from scaledreamer.eval.truth import ToyScene
 from scaledreamer.toybox.captions import object_of
-from scaledreamer.toybox.objects import WITH_A_FRONT, ToyObject
+from scaledreamer.toybox.objects import COLORS, WITH_A_FRONT, ToyObject
 from scaledreamer.toybox.renders import render_object
 
 
@@ -23,7 +23,7 @@ def around(obj):
     return render_object(obj, orbit(24), 64).over(torch.ones(3)).movedim(-1, 1)
 
 
-@pytest.mark.parametrize("color", ["pink", "black"])
+@pytest.mark.parametrize("color", list(COLORS))
 @pytest.mark.parametrize("shape", list(WITH_A_FRONT))
 def test_fronts_of_true_two_faced_and_faceless_objects(shape, color):
     text = f"a {color} {shape}"

@@ -58,14 +58,20 @@ def test_adan_is_that_of_the_release(resumed_after):
             torch.testing.assert_close(net[0].detach(), want, rtol=0, atol=1e-6)
 
 
-def test_a_run_by_adan_resumes_exactly(tmp_path):
-    settings = replace(SMALL, optim=ADAN, steps=4, generator="triplane", checkpoint_every=2)
-    whole = run_training(tmp_path / "whole", settings, show=False)
+def whole_and_resumed(folder, settings):
+    "A run, and the same one stopped on the way and continued, which has the same weights."
+    whole = run_training(folder / "whole", settings, show=False)
     steps = iter([False, True])
-    run_training(tmp_path / "parts", settings, stop=lambda: next(steps), show=False)
-    parts = run_training(tmp_path / "parts", settings, resume=True, show=False)
+    run_training(folder / "parts", settings, stop=lambda: next(steps), show=False)
+    parts = run_training(folder / "parts", settings, resume=True, show=False)
     for a, b in zip(whole.generator.parameters(), parts.generator.parameters()):
         assert torch.equal(a, b)
+    return whole, parts
+
+
+def test_a_run_by_adan_resumes_exactly(tmp_path):
+    settings = replace(SMALL, optim=ADAN, steps=4, generator="triplane", checkpoint_every=2)
+    whole, parts = whole_and_resumed(tmp_path, settings)
     rows = [(folder / "metrics.jsonl").read_text() for folder in (whole.folder, parts.folder)]
     assert rows[0] == rows[1]
 
@@ -91,7 +97,7 @@ def test_a_step_of_adan_that_is_not_finite_changes_no_weight():
     assert torch.equal(before, table) and not run.optimizer.state
 
 
-# ---------------------------------------------------------------- accumulation
+# accumulation
 
 
 @pytest.mark.parametrize("generator", ["hyper-ingp", "conv3d", "triplane"])
@@ -118,12 +124,7 @@ def test_a_step_in_parts_is_the_step(generator, parts):
 def test_a_run_in_parts_resumes_whole(tmp_path):
     halves = OptimSettings(accumulate=2)
     settings = replace(SMALL, optim=halves, steps=4, checkpoint_every=2)
-    whole = run_training(tmp_path / "whole", settings, show=False)
-    steps = iter([False, True])
-    run_training(tmp_path / "parts", settings, stop=lambda: next(steps), show=False)
-    parts = run_training(tmp_path / "parts", settings, resume=True, show=False)
-    for a, b in zip(whole.generator.parameters(), parts.generator.parameters()):
-        assert torch.equal(a, b)
+    _, parts = whole_and_resumed(tmp_path, settings)
     longer = replace(settings, steps=5, optim=OptimSettings())  # more memory at hand
     with pytest.warns(UserWarning, match="goes on with 5 steps"):
         assert run_training(parts.folder, longer, resume=True, show=False).step == 5

@@ -56,7 +56,7 @@ COMMANDS = {  # name: module and class, and what it does
     ),
     "make-prior": (
         "make_prior.MakePrior",
-        "Train the shipped tiny Stable Diffusion and tiny CLIP again, on Toybox renders.",
+        "Train a tiny Stable Diffusion and a tiny CLIP on Toybox renders.",
     ),
     "bench": (
         "bench.Bench",

@@ -11,10 +11,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from .gradient import Weight, sds_weight, uniform_weight
-from .later_methods import invert
+from .later_methods import guided_noise, invert
 from .methods import ScoreGradient, apply_cfg, cfg_queries, score_gradient
 from .methods import sds
-from ..prior.base import Conditioning, predict_noise_batched
+from ..prior.base import predict_noise_batched
 from ..prior.schedule import NoiseSchedule
 
 # %% ../../nbs/35_distill/72_flow_methods.ipynb #656b3d82
@@ -64,22 +64,18 @@ def pfd(
 
     A `Method`; ignores `t_shifted` and, but for its start, `noise`."""
 
-    def predict(x, at, rows, scale):
-        words = Conditioning(text.positive[rows], text.unconditional[rows])
-        poses = None if camera is None else camera[rows]
-        eps = predict_noise_batched(prior, cfg_queries(x, at, words), poses)
-        return apply_cfg(eps, words, scale), eps[0]
-
-    back = lambda x, at, rows: predict(x, at, rows, inversion_guidance)[0]
+    back = guided_noise(prior, text, camera, inversion_guidance)
     views = getattr(prior, "views", 1)
     x_t = x = invert(prior.schedule, back, latents, t, noise, stride, views=views)
-    every, at, unguided = torch.arange(len(t), device=t.device), t, None
+    at = t
     for k in range(steps):
-        eps, plain = predict(x, at, every, guidance)
-        unguided = plain if unguided is None else unguided
-        to = t * (steps - 1 - k) // steps
+        eps = predict_noise_batched(prior, cfg_queries(x, at, text), camera)
+        guided = apply_cfg(eps, text, guidance)
+        if k == 0:
+            unguided = eps[0]
         if k < steps - 1:
-            x, at = prior.schedule.ddim_step(x, eps, at, to), to
-    sample = prior.schedule.x0_from_eps(x, eps, at)
+            to = t * (steps - 1 - k) // steps
+            x, at = prior.schedule.ddim_step(x, guided, at, to), to
+    sample = prior.schedule.x0_from_eps(x, guided, at)
     target, source = (prior.schedule.eps_from_x0(x_t, x0, t) for x0 in (sample, latents))
     return score_gradient(prior, weight, target, source, unguided, t, x_t=x_t, x_shifted=x_t)

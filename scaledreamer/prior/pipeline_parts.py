@@ -9,6 +9,7 @@ __all__ = ['PREDICTION_TYPES', 'check_safetensors', 'check_pickle', 'weight_file
 # %% ../../nbs/30_prior/66_pipeline_parts.ipynb #fca870c4
 import json
 import re
+from collections.abc import Callable
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -197,6 +198,20 @@ def _check_scheduler(file: Path, config: dict[str, Any]) -> None:
         raise UsageError(f"{shown_path(file)}: {key} is {found}: expected {expected}")
 
 # %% ../../nbs/30_prior/66_pipeline_parts.ipynb #02635804
+def _make_scheduler(
+    file: Path, name: str, config: dict[str, Any], check: Callable[[Any], Any]
+) -> Any:
+    "The scheduler of a configuration; a `UsageError` of `check` gets the name of the file."
+    cls = getattr(diffusers, name)
+    with loading(file, cls, config):
+        scheduler = cls.from_config({**config, "_class_name": name})
+    try:
+        check(scheduler)
+    except UsageError as error:
+        raise UsageError(f"{shown_path(file)}: {error}") from None
+    return scheduler
+
+
 def load_scheduler(
     folder: Path,
     name: str,  # one of `SCHEDULERS`
@@ -205,14 +220,7 @@ def load_scheduler(
     file = folder / "scheduler_config.json"
     config = read_json(file, dict, RunError, "copy or download it again")
     _check_scheduler(file, config)
-    cls = getattr(diffusers, name)
-    with loading(file, cls, config):
-        scheduler = cls.from_config({**config, "_class_name": name})
-    try:
-        from_diffusers(scheduler)
-    except UsageError as error:
-        raise UsageError(f"{shown_path(file)}: {error}") from None
-    return scheduler
+    return _make_scheduler(file, name, config, from_diffusers)
 
 # %% ../../nbs/30_prior/66_pipeline_parts.ipynb #19e52f53
 def load_t5_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
@@ -242,11 +250,4 @@ def load_flow_scheduler(
         if not fits(value):
             found = shorten(value, json.dumps)
             raise UsageError(f"{shown_path(file)}: {key} is {found}: expected {expected}")
-    cls = getattr(diffusers, name)
-    with loading(file, cls, config):
-        scheduler = cls.from_config({**config, "_class_name": name})
-    try:
-        flow_from_diffusers(scheduler)
-    except UsageError as error:
-        raise UsageError(f"{shown_path(file)}: {error}") from None
-    return scheduler
+    return _make_scheduler(file, name, config, flow_from_diffusers)
