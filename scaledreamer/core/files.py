@@ -20,6 +20,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from .disk import sync_to_disk
 from .settings import RunError, _dumps, shorten, unique_keys
 
 # %% ../../nbs/10_core/20_files.ipynb #284314ca
@@ -73,17 +74,15 @@ def replacing(
     """Writes a file whole or not at all, for writers that need a path (safetensors, PIL). Raises
     `WriteError` if it cannot be written."""
     path = Path(path)
-    name = (
-        f".{path.stem}.{os.getpid()}{path.suffix}"  # PIL and others read the format off the suffix
-    )
-    temporary = path.with_name(name)
+    # PIL and others read the format off the suffix
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             yield temporary
-            with temporary.open("rb") as file:
-                os.fsync(file.fileno())
+            sync_to_disk(temporary)
             temporary.replace(path)
+            sync_to_disk(path.parent)
         finally:
             temporary.unlink(missing_ok=True)
 

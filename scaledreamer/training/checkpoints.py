@@ -14,12 +14,14 @@ import warnings
 import zlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from ..core.disk import sync_to_disk
 from ..core.files import check_regular_file, obstacle, read_json, shown_path
 from ..core.settings import RunError
 from ..distill.estimator import Estimator
@@ -62,8 +64,9 @@ def _write(
     generator: nn.Module,
     optimizer: torch.optim.Optimizer | None,
     estimator: EstimatorTrainer | None,
+    state: Mapping[str, Any],  # what else its state.json says
 ) -> None:
-    "Write the files of one checkpoint."
+    "Write the files of one checkpoint, to the disk."
     save_file(saved_tensors(generator.state_dict()), folder / "generator.safetensors")
     if optimizer is not None:
         save_file(optimizer_tensors(optimizer), folder / "optimizer.safetensors")
@@ -73,8 +76,10 @@ def _write(
         tensors = optimizer_tensors(estimator.optimizer)
         save_file(tensors, folder / "estimator_optimizer.safetensors")
     sums = {path.name: _checksum(path) for path in sorted(folder.glob("*.safetensors"))}
-    state = json.dumps({"step": step, "crc32": sums})
-    (folder / "state.json").write_text(state, encoding="utf-8")
+    text = json.dumps({"step": step, "crc32": sums, **state})
+    (folder / "state.json").write_text(text, encoding="utf-8")
+    for path in (*sorted(folder.iterdir()), folder):
+        sync_to_disk(path)
 
 # %% ../../nbs/70_training/30_checkpoints.ipynb #e4fe3739
 def save_checkpoint(
@@ -83,15 +88,20 @@ def save_checkpoint(
     generator: nn.Module,
     optimizer: torch.optim.Optimizer | None,
     estimator: EstimatorTrainer | None = None,
+    state: Mapping[str, Any] = {},  # what else its state.json says
 ) -> Path:
-    "Write `folder/<step>` atomically. Raises `RunError` if it cannot be written."
+    """Write `folder/<step>` atomically, so that it also survives a power failure.
+
+    Raises `RunError` if it cannot be written."""
     final, partial = folder / f"{step:06d}", folder / f".{step:06d}"
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        _write(partial, step, generator, optimizer, estimator)
+        _write(partial, step, generator, optimizer, estimator, state)
         shutil.rmtree(final, ignore_errors=True)
         os.replace(partial, final)
+        for place in (folder, *folder.absolute().parents[:2]):
+            sync_to_disk(place)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
         cause, remedy = obstacle(error)
