@@ -53,7 +53,10 @@ class Part:
     axis: str = "z"
 
     def __call__(self, p: Float[Tensor, "n 3"]) -> Float[Tensor, " n"]:
-        return self.sdf((p - p.new_tensor(self.center))[:, list(AXES[self.axis])])
+        local = p - p.new_tensor(self.center)
+        if self.axis != "z":
+            local = torch.stack([local[:, k] for k in AXES[self.axis]], 1)
+        return self.sdf(local)
 
 
 @dataclass(frozen=True)
