@@ -21,6 +21,7 @@ OWN = {  # options of the commands themselves, not of settings that other module
         *("{points,images}", "--out", "--methods", "--seeds", "--steps", "--count", "--guidance"),
         *("--eta", "--shift", "--prior", "--text", "--defects", "--description"),
     ),
+    "experiment": ("[STR]", "--out", "--processes", "--quick", "--list"),
     "make-prior": ("--out", "--clip-steps"),
     "lab": ("--folder", "--port", "--browser"),
     "bench": ("[STR]", "--json", "--device", "--quick", "--list"),

@@ -54,6 +54,10 @@ COMMANDS = {  # name: module and class, and what it does
         "curve_and_toy.Toy",
         "Compare distillation methods on 2D points or on images of a prior (Fig. 2).",
     ),
+    "experiment": (
+        "experiment.Experiment",
+        "Run a named grid of trainings and collect the results of all in one table.",
+    ),
     "make-prior": (
         "make_prior.MakePrior",
         "Train a tiny Stable Diffusion and a tiny CLIP on Toybox renders.",

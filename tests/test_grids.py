@@ -1,0 +1,100 @@
+"""Grids of trainings in processes: killed, resumed, refused, and their table."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from scaledreamer.core.settings import UsageError
+from scaledreamer.grids.experiments import fronts, run_grid
+from scaledreamer.grids.grid import Grid, seed_axis
+from scaledreamer.grids.processes import read_outcome
+from scaledreamer.grids.results import read_results, results_table
+from scaledreamer.training.presets import PRESETS
+
+SHORT = {"prompt": ["a red ball"], "resolution": 16, "steps": 4, "eval-views": 1}
+GRID = Grid(
+    "Two methods.",
+    {**SHORT, "generator": "ingp", "prompts-per-step": 1},
+    {"seed": seed_axis([0]), "method": {"ASD": {"method": "asd"}, "SDS": {"method": "sds"}}},
+)
+RUN = """
+import sys
+from test_grids import GRID
+from scaledreamer.grids.experiments import run_grid
+run_grid(GRID.trainings(), sys.argv[1], show=False)
+"""
+
+
+def start(folder):
+    "A process that runs the grid."
+    return subprocess.Popen([sys.executable, "-c", RUN, folder], cwd=__file__.rpartition("/")[0])
+
+
+def ended(folder):
+    return [t.name for t in GRID.trainings() if read_outcome(folder, t.name)]
+
+
+def test_a_grid_that_is_killed_goes_on_and_has_the_same_table(tmp_path):
+    process = start(tmp_path / "grid")
+    while not ended(tmp_path / "grid"):
+        assert process.poll() is None
+        time.sleep(0.1)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    first = ended(tmp_path / "grid")
+    stamps = {name: (tmp_path / "grid" / name / "eval.json").stat().st_mtime_ns for name in first}
+    rows = run_grid(GRID.trainings(), tmp_path / "grid", show=False)
+    for name, stamp in stamps.items():
+        assert (tmp_path / "grid" / name / "eval.json").stat().st_mtime_ns == stamp
+    assert [(row["seed"], row["method"]) for row in rows] == [("0", "ASD"), ("0", "SDS")]
+    assert all(0 <= row["volume_iou"] <= 1 and row["step"] == 4 for row in rows)
+    assert read_results(tmp_path / "grid" / "results.parquet") == rows
+    table = results_table(rows, "method", {"volume_iou": "IoU"}, control="ASD")
+    assert table.count("\n") == 3 and "| SDS | 1 |" in table
+
+
+def test_an_interrupted_grid_stops_its_trainings_and_a_second_one_is_refused(tmp_path):
+    process = start(tmp_path / "grid")
+    while not (tmp_path / "grid" / "grid.json").exists():
+        time.sleep(0.05)
+    with pytest.raises(UsageError, match="is in use by another run"):
+        run_grid(GRID.trainings(), tmp_path / "grid", show=False)
+    time.sleep(1)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=60) != 0
+    listed = subprocess.run(["pgrep", "-f", str(tmp_path)], capture_output=True, text=True)
+    assert not listed.stdout
+
+
+def test_a_failed_training_says_why_and_is_tried_again(tmp_path):
+    wrong = Grid("", {**SHORT, "steps": 0}, {"seed": seed_axis([0])}).trainings()
+    rows = run_grid(wrong, tmp_path, show=False)
+    assert "--steps" in rows[0]["failure"] and "volume_iou" not in rows[0]
+    assert "| 0 | 0 × |" in results_table(rows, "seed", {"volume_iou": "IoU"})
+    before = read_outcome(tmp_path, "0")
+    assert before.code == 2
+    run_grid(wrong, tmp_path, show=False)
+    log = (tmp_path / "logs" / "0.log").read_text()
+    assert log.count("--steps") == 2
+
+
+@pytest.mark.parametrize("quick", [False, True])
+def test_the_options_of_named_grids_are_those_of_train(quick):
+    from scaledreamer.commands.cli import parse
+    from scaledreamer.grids.grid import option_words
+
+    for training in fronts().trainings(quick):
+        command = parse(["train", *option_words(training.options)])
+        assert command.settings.seed == int(training.labels["seed"])
+        assert command.settings != PRESETS["toybox"]()
+
+
+def test_a_damaged_outcome_is_named(tmp_path):
+    (tmp_path / "outcomes").mkdir()
+    (tmp_path / "outcomes" / "0.json").write_text(json.dumps({"code": "?"}))
+    with pytest.raises(RuntimeError, match="is no outcome of a command: delete it"):
+        read_outcome(tmp_path, "0")
