@@ -24,8 +24,8 @@ from scaledreamer.training.checkpoints import checkpoint_steps
 from scaledreamer.training.corpora import number_prompts
 from scaledreamer.training.method_defaults import resolve_settings
 from scaledreamer.training.presets import paper
+from scaledreamer.training.prompt_order import step_prompts
 from scaledreamer.training.run import build
-from scaledreamer.training.step_batch import step_prompts
 from scaledreamer.training.train_settings import TrainSettings, build_prior, read_settings
 from scaledreamer.training.trainer import open_run, run_training
 

@@ -18,9 +18,10 @@ from ..core.settings import UsageError
 from ..core.tensors import make_rng, step_rng
 from ..distill.gradient import prescribed_gradient_loss
 from ..rendering.render_memory import render_bytes
+from .prompt_order import step_prompts
 from .run import Run, step_conditioning
 from .step import distill, sample_noise, step_cameras
-from .step_batch import make_scenes, step_prompts
+from .step_batch import make_scenes
 from .train_settings import ESTIMATOR_METHODS, TrainSettings, method_of
 
 # %% ../../nbs/70_training/42_memory_estimate.ipynb #7ebf277a

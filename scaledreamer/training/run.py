@@ -9,6 +9,7 @@ __all__ = ['Run', 'step_conditioning', 'check_names', 'longest_prompts', 'check_
 # %% ../../nbs/70_training/35_run.ipynb #d207df7d
 import warnings
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -64,7 +65,7 @@ class Run:
         place = repr(shown_path(self.folder))
         return f"Run({place}, {step}, {settings.generator} by {settings.method})"
 
-    @property
+    @cached_property
     def train_prompts(self) -> list[Prompt]:
         "The prompts to train on."
         return [prompt for prompt in self.prompts if prompt.split == "train"]

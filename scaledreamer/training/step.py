@@ -226,8 +226,7 @@ def training_step(run: Run, texts: TextEmbedding) -> LazyMetrics:
     `RunError`: at once on the CPU, elsewhere when a number is read."""
     settings, generator = run.settings, run.generator
     rng = step_rng(settings.seed, run.step)
-    prompts = [prompt.text for prompt in run.train_prompts]
-    batch = sample_batch(settings, prompts, run.step, rng, generator.noise)
+    batch = sample_batch(settings, run.train_prompts, run.step, rng, generator.noise)
     run.optimizer.zero_grad(set_to_none=True)
     parts: list[StepPart] = []
     for k, part in enumerate(batch.split(settings.optim.accumulate)):

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import tyro
 from torch import nn
@@ -64,6 +64,7 @@ class TrainSettings:
     steps: int = 3000  # number of optimiser steps, from 1 to 10^8
     seed: int = 0  # seed of every random number of the run, from 0 to 2^32 - 1
     prompts_per_step: int = 4  # number of prompts in the batch of a step, from 1 to 4096
+    prompt_sampling: Literal["epochs", "independent"] = "epochs"  # shuffled, or drawn per step
     # number of cameras per prompt in a step, from 1 to 4096; 1: for a prior that sees several views
     # at once, as many as it sees
     views_per_prompt: int = 1
@@ -74,14 +75,12 @@ class TrainSettings:
     checkpoint_every: int = 500  # number of steps between two checkpoints, from 1 to 10^8
     # precision and compilation of a Stable Diffusion prior; the mixture prior has no networks
     prior_settings: PriorSettings = field(default_factory=PriorSettings)
-    # how noise predictions become a gradient
-    distill: DistillSettings = field(default_factory=DistillSettings)
+    distill: DistillSettings = DistillSettings()  # how noise predictions become a gradient
     loss: LossSettings = field(default_factory=LossSettings)  # weights of the regularisers
     optim: OptimSettings = field(default_factory=OptimSettings)  # optimiser and learning rate
     # distribution of the training cameras
     cameras: FramedCameras | SingleCameras | RigCameras = field(default_factory=FramedCameras)
-    # colours behind the training renders
-    background: BackgroundAugmentation = field(default_factory=BackgroundAugmentation)
+    background: BackgroundAugmentation = BackgroundAugmentation()  # behind the training renders
     render: RenderSettings = field(default_factory=lambda: TOYBOX_RENDER)  # volume rendering
     # shapes of imported weights, in place of the generator's own
     released: Annotated[ReleasedSettings | None, tyro.conf.Suppress] = None
