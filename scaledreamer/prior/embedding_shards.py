@@ -122,10 +122,10 @@ def write_shard(path: Path, tensors: dict[str, Tensor], identity: str) -> ShardE
 
     Raises `WriteError`, e.g. for a full disk."""
     sums = _sums(tensors, tensors)
-    about = {"identity": identity, "crc32": json.dumps(sums, sort_keys=True)}
+    about = json.dumps({"crc32": sums, "identity": identity}, sort_keys=True)
     try:
         with replacing(path) as temporary:
-            save_file(tensors, temporary, metadata=about)
+            save_file(tensors, temporary, metadata={"shard": about})
         sync_to_disk(path.parent)
     except SafetensorError as error:
         cause, remedy = obstacle(error)
@@ -175,13 +175,13 @@ def open_shard(
         if entry and path.stat().st_size != entry.bytes:
             raise ValueError(f"it has {path.stat().st_size} bytes, not {entry.bytes}")
         with safe_open(path, "pt") as file:
-            about = file.metadata() or {}
+            about = json.loads((file.metadata() or {})["shard"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}
         _check_shapes(tensors, entry and entry.rows)
-        sums = json.loads(about["crc32"])
-        if about["identity"] != identity or entry and _whole_sum(sums, identity) != entry.crc32:
+        given = about["crc32"]
+        if about["identity"] != identity or entry and _whole_sum(given, identity) != entry.crc32:
             raise ValueError("it is of another text encoder, or another shard")
-        wrong = [name for name, value in _sums(tensors, verify).items() if sums[name] != value]
+        wrong = [name for name, value in _sums(tensors, verify).items() if given[name] != value]
         if wrong:
             raise ValueError(f"the checksum of {wrong[0]} differs")
         _check_counts(tensors)
