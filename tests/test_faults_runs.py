@@ -28,6 +28,7 @@ from scaledreamer.commands.evaluate import training_cost
 from scaledreamer.commands.export import Export
 from scaledreamer.commands.train import Train
 from scaledreamer.core.files import MAX_FILE_BYTES, read_text_file
+from scaledreamer.core.interrupts import interrupt_code
 from scaledreamer.core.settings import RunError, UsageError
 from scaledreamer.eval.clip import ClipScorer
 from scaledreamer.prior.stable_diffusion import TINY
@@ -577,16 +578,18 @@ def test_all_that_differs_is_said(copy, settings):
 
 
 @posix
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize(
+    "number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, getattr(signal, "SIGUSR1", None)]
+)
 def test_a_signal_to_end_finishes_the_step_and_saves_it(settings, tmp_path, whole, number):
     def send(step, metrics):
         if step == 0:
             signal.raise_signal(number)
 
     before = signal.getsignal(number)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(KeyboardInterrupt) as stopped:
         run_training(tmp_path / "run", settings, on_step=send, show=False)
-    assert signal.getsignal(number) == before
+    assert signal.getsignal(number) == before and interrupt_code(stopped.value) == 128 + number
     assert checkpoint_steps(tmp_path / "run/checkpoints") == [1]
     run = run_training(tmp_path / "run", settings, resume=True, show=False)
     assert torch.equal(weights(run), weights(whole))

@@ -337,12 +337,13 @@ sys.exit(main.main())
 """
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGUSR1])
 def test_requests_to_end_are_like_an_interrupt(number):
+    "The exit code says which it was, as shells and batch systems expect."
     done = subprocess.run(
         [sys.executable, "-c", KILLED, str(int(number))], capture_output=True, text=True
     )
-    assert (done.returncode, done.stderr.strip()) == (130, "scaledreamer: stopped")
+    assert (done.returncode, done.stderr.strip()) == (128 + number, "scaledreamer: stopped")
 
 
 HEAVY = ("diffusers", "transformers", "peft", "open_clip", "scipy", "torchvision")

@@ -25,6 +25,7 @@ from .arguments import check_text, expand_home, repeat_option
 from .arguments import take_flag, translate_renamed
 from .sentences import error_sentence, option_sentence
 from ..core.files import obstacle
+from ..core.interrupts import interrupt_code
 from ..core.memory import memory_errors
 from ..core.settings import RunError, UsageError
 
@@ -241,7 +242,7 @@ def run_command(argv: list[str] | None = None, on_ready: Callable[[], Any] = lam
             return 0
     except KeyboardInterrupt as stop:
         print(f"\nscaledreamer: {str(stop) or 'stopped'}", file=sys.stderr)
-        return 130
+        return interrupt_code(stop)
     except (UsageError, RunError) as error:
         print(f"scaledreamer: {error}", file=sys.stderr)
         return 2 if isinstance(error, UsageError) else 1
