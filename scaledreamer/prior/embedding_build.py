@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -42,18 +42,6 @@ class TextEncoding:
     masked: bool  # whether it says where a text ends
     encode: Callable[[list[str]], TextEmbedding]
     padded: bool = False  # true: the states behind the end of a text are stored, too
-
-    @classmethod
-    def of_prior(cls, prior: Any, name: str, padded: bool = False) -> Self | None:
-        "How a prior encodes texts; None if it has no `text_identity`."
-        identity = getattr(prior, "text_identity", None)
-        if identity is None:
-            return None
-        empty, encode = prior.encode_text([""]), prior.encode_text
-        if empty.mask is not None and not padded:
-            encode = getattr(prior, "encode_unpadded", encode)
-        _, window, width = empty.tokens.shape
-        return cls(identity, name, window, width, empty.mask is not None, encode, padded)
 
     def folder(self, root: str | Path) -> Path:
         "The store of this encoder in a root folder."
