@@ -19,6 +19,7 @@ from ..camera.cameras import Cameras
 from ..camera.poses import orbit
 from ..core.async_metrics import FiniteMonitor
 from ..core.files import shown_path
+from ..core.processes import ALONE, World
 from ..core.tensors import best_device
 from ..distill.conditioning import make_conditioning, resolve_view_prompting
 from ..distill.vsd import EstimatorTrainer
@@ -53,6 +54,7 @@ class Run:
     optimizer: torch.optim.Optimizer | None = None  # of the generator; None: not for training
     monitor: FiniteMonitor = field(default_factory=_monitor, init=False)
     renders: Tensor | None = field(default=None, init=False)  # of the last step, [b, v, 3, h, w]
+    world: World = field(default=ALONE, init=False)  # the processes that train it together
     step_render_bytes: int | None = field(default=None, init=False)  # estimated when asked for
 
     def __post_init__(self) -> None:

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['NoiseSample', 'sample_noise', 'estimator_cameras', 'step_cameras', 'distill', 'fit_estimator', 'PriorQuery',
-           'shared_rows', 'step_noise', 'query_prior', 'step_metrics', 'StepPart', 'distill_part', 'merge_parts',
+           'shared_rows', 'step_noise', 'query_prior', 'step_metrics', 'StepPart', 'distill_part', 'step_parts',
            'training_step']
 
 # %% ../../nbs/70_training/40_step.ipynb #0ef9ce45
@@ -21,14 +21,12 @@ from ..distill.gradient import prescribed_gradient_loss
 from ..distill.methods import Method, ScoreGradient
 from ..distill.shift import ShiftSchedule
 from ..distill.timesteps import sample_timesteps
-from ..distill.vsd import EstimatorTrainer
 from ..prior.base import Conditioning, Prior, TextEmbedding
-from ..prior.schedule import NoiseSchedule
 from ..rendering.render_settings import is_density_scene
 from .run import Run, step_conditioning
 from .step_batch import Batch, render_part, sample_batch
-from .step_update import add_gradients, gradient_norm, regularisers
-from .step_update import update_weights
+from .step_update import add_gradients, gradient_norm, merge_parts
+from .step_update import regularisers, update_weights
 from .train_settings import TrainSettings, method_of
 
 # %% ../../nbs/70_training/40_step.ipynb #dfe8d7e3
@@ -91,19 +89,19 @@ def distill(
 
 # %% ../../nbs/70_training/40_step.ipynb #662c860d
 def fit_estimator(
-    estimator: EstimatorTrainer | None,  # None: a method without one
-    schedule: NoiseSchedule,
-    latents: Float[Tensor, "n ..."],
-    text: Conditioning,
-    camera: Float[Tensor, "n 16"] | None,
+    run: Run,
+    latents: list[Float[Tensor, "n ..."]],  # of the equal parts of a step
+    queries: "list[PriorQuery]",
     rng: torch.Generator,
     finite: Bool[Tensor, ""],  # False: the estimator is not changed
 ) -> dict[str, Tensor]:
     "One step of the estimator on a step's renders; returns its loss, to be logged."
-    if estimator is None:
+    if run.estimator is None:
         return {}
-    loss = estimator.step(schedule, latents.detach(), text.plain, camera, rng, only_if=finite)
-    return {"loss_estimator": loss}
+    whole = [latents, [query.text.plain for query in queries], [query.camera for query in queries]]
+    rows = (parts[0] if len(parts) == 1 else torch.cat(parts) for parts in whole)
+    options = {"only_if": finite, "parts": len(latents), "world": run.world}
+    return {"loss_estimator": run.estimator.step(run.prior.schedule, *rows, rng, **options)}
 
 # %% ../../nbs/70_training/40_step.ipynb #6c0cbb6a
 @dataclass(frozen=True, eq=False)
@@ -172,7 +170,8 @@ class StepPart:
     "What a step computed for a part of its prompts; its gradient is added up in the weights."
 
     noise: NoiseSample  # of all images of the step
-    latents: Float[Tensor, "n ..."]  # of the part's renders, without gradient
+    renders: Float[Tensor, "b v 3 h w"]  # of the part, without gradient, as all that follows
+    latents: Float[Tensor, "n ..."]
     query: PriorQuery
     losses: dict[str, Tensor]  # weighted
     metrics: dict[str, Tensor]
@@ -182,15 +181,13 @@ def distill_part(
     run: Run,
     texts: TextEmbedding,
     batch: Batch,  # the part
-    part: int,  # its number
+    part: int,  # its number, of all parts of all processes
     rng: torch.Generator,  # of the step, after the draws of its batch
     noise: NoiseSample | None,  # None: drawn here, for the whole step
 ) -> StepPart:
     "Renders of a part of a step, the method's gradient and the losses; adds up the gradient."
-    settings, parts = run.settings, run.settings.optim.accumulate
+    settings, parts = run.settings, run.settings.optim.accumulate * run.world.size
     scenes, rendering = render_part(run, texts, batch)
-    rgb = rendering.rgb.detach()
-    run.renders = torch.cat([run.renders, rgb]) if part else rgb
     latents = run.prior.encode_image(rendering.rgb.flatten(0, 1))
     count = len(latents)
     if noise is None:
@@ -205,18 +202,23 @@ def distill_part(
     add_gradients(losses, parts)
     metrics = step_metrics(query.score, sample, rendering.opacity.detach())
     losses = {name: loss.detach() for name, loss in losses.items()}
-    return StepPart(noise, latents.detach(), query, losses, metrics)
+    return StepPart(noise, rendering.rgb.detach(), latents.detach(), query, losses, metrics)
 
 # %% ../../nbs/70_training/40_step.ipynb #f0214ca3
-def merge_parts(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    "Losses or metrics of a step from those of its equal parts."
-    over = {"gradient_norm_low": torch.amin, "gradient_norm_high": torch.amax}
-    if len(parts) == 1:
-        return parts[0]
-    return {
-        name: over.get(name, torch.mean)(torch.stack([part[name] for part in parts]))
-        for name in parts[0]
-    }
+def step_parts(
+    run: Run, texts: TextEmbedding, batch: Batch, rng: torch.Generator
+) -> list[StepPart]:
+    "The parts of a step that this process computes; the gradients of all processes are added up."
+    count, parts = run.settings.optim.accumulate, []
+    first = run.world.rank * count
+    with run.world.together():
+        mine = batch.split(count * run.world.size)[first : first + count]
+        for k, part in enumerate(mine, first):
+            parts.append(distill_part(run, texts, part, k, rng, parts[0].noise if parts else None))
+    renders = [part.renders for part in parts]
+    run.renders = renders[0] if len(parts) == 1 else torch.cat(renders)
+    run.world.add_gradients(run.generator.parameters())
+    return parts
 
 
 def training_step(run: Run, texts: TextEmbedding) -> LazyMetrics:
@@ -228,23 +230,18 @@ def training_step(run: Run, texts: TextEmbedding) -> LazyMetrics:
     rng = step_rng(settings.seed, run.step)
     batch = sample_batch(settings, run.train_prompts, run.step, rng, generator.noise)
     run.optimizer.zero_grad(set_to_none=True)
-    parts: list[StepPart] = []
-    for k, part in enumerate(batch.split(settings.optim.accumulate)):
-        parts.append(distill_part(run, texts, part, k, rng, parts[0].noise if parts else None))
-
-    losses, first = merge_parts([part.losses for part in parts]), parts[0]
-    norms = [part.query.score.gradient.norm() for part in parts]
-    finite = run.monitor.record(run.step, losses, *norms, gradient_norm(generator))
+    parts = step_parts(run, texts, batch, rng)
+    losses = merge_parts([part.losses for part in parts], run.world)
+    metrics = merge_parts([part.metrics for part in parts], run.world)
+    norm = metrics["gradient_norm"]
+    finite = run.monitor.record(run.step, losses, norm, gradient_norm(generator))
     run.monitor.check_if_cheap()
-    schedule, query = run.prior.schedule, first.query
-    estimated = fit_estimator(
-        run.estimator, schedule, first.latents, query.text, query.camera, rng, finite
-    )
+    latents, queries = [part.latents for part in parts], [part.query for part in parts]
+    estimated = fit_estimator(run, latents, queries, rng, finite)
     if estimated:
         finite = run.monitor.record(run.step, estimated)
 
     lr = settings.optim.lr_at(run.step, settings.steps) * generator.lr_scale
     update_weights(run.optimizer, lr, finite)
     logged = {f"loss_{name}": loss for name, loss in losses.items()} | estimated
-    logged |= merge_parts([part.metrics for part in parts])
-    return LazyMetrics(run.monitor, logged | {"lr": lr})
+    return LazyMetrics(run.monitor, logged | metrics | {"lr": lr})
