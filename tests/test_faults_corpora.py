@@ -260,7 +260,7 @@ WRONG = {  # name: content, words of the message
     "mark.md": ("a red car", "has the suffix '.md': expected one of .txt"),
     "prompts.xlsx": (b"PK\x03\x04", "has the suffix '.xlsx'"),
     "rows.jsonl.gz": (b"\x1f\x8b", "has the suffix '.gz'"),
-    "rows.parquet": (b"PAR1", "has the suffix '.parquet'"),
+    "rows.parquet": (b"PAR1", "is no Parquet file"),
     "prompts": ("a red car", "has no suffix"),
     ".json": ('["a"]', "has no suffix"),
     "table.toml": ("a = 1", "has the suffix '.toml'"),
