@@ -149,7 +149,8 @@ class EstimatorTrainer:
     ) -> Float[Tensor, ""]:  # the loss of the batches of all processes, before the step
         """One optimiser step, skipped on the device if the loss is not finite.
 
-        On the CPU, where this is known at once, it raises `RunError`."""
+        Without `only_if`, by which the caller counts such steps, it raises `RunError` on the CPU,
+        where this is known at once."""
         count, of, views = len(latents), parts * world.size, getattr(self.estimator, "views", 1)
         t, noise, with_camera = estimator_draws(schedule, latents, rng, drop, world.size, views)
         mine = slice(world.rank * count, (world.rank + 1) * count)
@@ -160,7 +161,7 @@ class EstimatorTrainer:
             losses = add_estimator_gradients(self.estimator, schedule, rows, parts, of)
         loss = world.gather(losses).mean() if of > 1 else losses[0]
         finite = loss.isfinite()
-        if finite.is_cpu and not finite:
+        if only_if is None and finite.is_cpu and not finite:
             raise RunError(
                 f"the estimator's loss is {loss.item()} at t = {t.tolist()}: "
                 "its weights are as before; give it a lower learning rate"

@@ -224,8 +224,8 @@ def step_parts(
 def training_step(run: Run, texts: TextEmbedding) -> LazyMetrics:
     """One optimiser step of a run, with the embeddings of all its training prompts (Alg. 1).
 
-    Returns what is logged. A loss or gradient that is not finite changes no weight and raises
-    `RunError`: at once on the CPU, elsewhere when a number is read."""
+    Returns what is logged. A loss or gradient that is not finite changes no weight; one too many
+    raises `Diverged`, at once on the CPU, elsewhere when a number is read."""
     settings, generator = run.settings, run.generator
     rng = step_rng(settings.seed, run.step)
     batch = sample_batch(settings, run.train_prompts, run.step, rng, generator.noise)
@@ -233,8 +233,9 @@ def training_step(run: Run, texts: TextEmbedding) -> LazyMetrics:
     parts = step_parts(run, texts, batch, rng)
     losses = merge_parts([part.losses for part in parts], run.world)
     metrics = merge_parts([part.metrics for part in parts], run.world)
-    norm = metrics["gradient_norm"]
-    finite = run.monitor.record(run.step, losses, norm, gradient_norm(generator))
+    norms = {"gradient_norm": metrics["gradient_norm"], "weight_gradient": gradient_norm(generator)}
+    seen = {"t": metrics["t"]} | norms
+    finite = run.monitor.record(run.step, losses, *norms.values(), seen=seen)
     run.monitor.check_if_cheap()
     latents, queries = [part.latents for part in parts], [part.query for part in parts]
     estimated = fit_estimator(run, latents, queries, rng, finite)
