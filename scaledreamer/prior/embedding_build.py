@@ -136,23 +136,15 @@ def repair_store(folder: Path, encoding: TextEncoding, damaged: Iterable[str] = 
 ENCODE_BATCH = 128  # texts
 
 
-def _encoded(encoding: TextEncoding, texts: Sequence[str]) -> list[TextEmbedding]:
-    "One embedding per text, in order; encoded by length."
-    found: dict[int, TextEmbedding] = {}
-    order = sorted(range(len(texts)), key=lambda i: (len(texts[i]), i))
-    for start in range(0, len(order), ENCODE_BATCH):
-        rows = order[start : start + ENCODE_BATCH]
-        part = encoding.encode([texts[i] for i in rows])
-        found |= {i: part[k : k + 1] for k, i in enumerate(rows)}
-    return [found[i] for i in range(len(texts))]
-
-
 def _add(folder: Path, encoding: TextEncoding, index: StoreIndex, texts: list[str]) -> StoreIndex:
     "The index with one more shard, which has the lowest number that is free."
     taken, number = {shard.file for shard in index.shards}, 0
     while (name := f"{number:06d}.safetensors") in taken:
         number += 1
-    tensors = shard_tensors(texts, _encoded(encoding, texts), encoding.padded)
+    order = sorted(range(len(texts)), key=lambda i: (len(texts[i]), i))
+    batches = (order[i : i + ENCODE_BATCH] for i in range(0, len(order), ENCODE_BATCH))
+    parts = (encoding.encode([texts[i] for i in batch]) for batch in batches)
+    tensors = shard_tensors(texts, parts, encoding.padded, order)
     entry = write_shard(folder / name, tensors, encoding.identity)
     shards = sorted((*index.shards, entry), key=lambda shard: shard.file)
     write_index(folder, index := replace(index, shards=tuple(shards)))

@@ -70,8 +70,9 @@ def _fingerprint(*values: Tensor) -> int:
 
 def shard_tensors(
     texts: Sequence[str],
-    embeddings: Iterable[TextEmbedding],  # of the texts in order, in parts of any padding
+    embeddings: Iterable[TextEmbedding],  # of the texts, in parts of any padding
     padded: bool = False,  # true: keep the states behind the end of a text
+    order: Sequence[int] | None = None,  # numbers of the texts that are embedded; None: 0, 1, ...
 ) -> dict[str, Tensor]:
     "The tensors of a shard. Raises `UsageError` for values that half precision cannot hold."
     words, tokens, pooled = [], [], []
@@ -79,22 +80,25 @@ def shard_tensors(
         counts, n = _word_counts(part), part.tokens.shape[1]
         kept = torch.full_like(counts, n) if padded else counts
         rows = part.tokens.detach().cpu().half()
-        tokens += [row[:size].clone() for row, size in zip(rows, kept.tolist())]
+        tokens += rows[torch.arange(n) < kept[:, None]].split(kept.tolist())
         pooled.append(part.pooled.detach().cpu().half())
         words += counts.tolist()
-    every = torch.cat(pooled)
-    for text, states, row in zip(texts, tokens, every):
-        if not (states.isfinite().all() and row.isfinite().all()):
-            raise UsageError(
-                f"the embedding of {shorten(text)} has values above 65504 or not finite, which "
-                "half precision cannot hold: train without stored embeddings, on fewer prompts"
-            )
+    places = sorted(range(len(words)), key=None if order is None else order.__getitem__)
+    words, tokens = ([values[i] for i in places] for values in (words, tokens))
+    every, whole = torch.cat(pooled)[places], torch.cat(tokens)
+    if not (whole.isfinite().all() and every.isfinite().all()):
+        both = zip(texts, tokens, every)
+        text = next(t for t, x, y in both if not (x.isfinite().all() and y.isfinite().all()))
+        raise UsageError(
+            f"the embedding of {shorten(text)} has values above 65504 or not finite, which "
+            "half precision cannot hold: train without stored embeddings, on fewer prompts"
+        )
     return {
         "keys": torch.from_numpy(text_keys(texts).view(np.uint8).reshape(-1, KEY_BYTES).copy()),
         "states": torch.tensor([len(row) for row in tokens], dtype=torch.int32),
         "words": torch.tensor(words, dtype=torch.int32),
         "same": torch.tensor([_fingerprint(*row) for row in zip(tokens, every)]),
-        "tokens": torch.cat(tokens),
+        "tokens": whole,
         "pooled": every.contiguous(),
     }
 
