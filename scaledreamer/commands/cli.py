@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['COMMANDS', 'QUIET', 'QUIET_DOES', 'MEMORY_OPTIONS', 'command_class', 'overview', 'package_version', 'Command',
            'preset_of', 'prepare_train', 'parse', 'warnings_in_one_line', 'memory_remedy', 'without_progress',
-           'run_command']
+           'launched_rank', 'run_command']
 
 # %% ../../nbs/90_commands/40_cli.ipynb #e3236d70
 import argparse
@@ -227,9 +227,27 @@ def without_progress() -> Iterator[None]:
             os.environ["TQDM_DISABLE"] = before
 
 
+def launched_rank() -> int:
+    "The rank that a launcher of several processes gave to this one; 0 for the main one, or alone."
+    rank, size = (os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE"))
+    several = rank.isdecimal() and size.isdecimal() and int(size) > 1
+    return int(rank) if several else 0
+
+# %% ../../nbs/90_commands/40_cli.ipynb #c11a0002
 def run_command(argv: list[str] | None = None, on_ready: Callable[[], Any] = lambda: None) -> int:
-    "Run a command; returns the exit code. `on_ready` is called before its work starts."
+    """Run a command; returns the exit code. `on_ready` is called before its work starts.
+
+    Of several processes all train, silently but for the main one, which alone does all else."""
     argv, quiet = take_flag(sys.argv[1:] if argv is None else argv, QUIET, "-q")
+    if launched_rank() == 0:
+        return _run(argv, quiet, on_ready)
+    if argv[:1] != ["train"]:
+        return 0
+    with without_progress(), contextlib.redirect_stderr(io.StringIO()):
+        return _run(argv, quiet, on_ready)
+
+
+def _run(argv: list[str], quiet: bool, on_ready: Callable[[], Any]) -> int:
     try:
         with memory_errors(memory_remedy(argv)):
             command = parse(argv)

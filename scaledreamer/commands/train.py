@@ -7,6 +7,7 @@ __all__ = ['Train', 'train_and_evaluate']
 
 # %% ../../nbs/90_commands/34_train.ipynb #d0ccc474
 import sys
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
@@ -63,6 +64,7 @@ class Train:
 def train_and_evaluate(options: Train) -> str:
     "Train, print the metrics of the result, and return the line that names the run folder."
     from scaledreamer.commands.evaluate import evaluate_run, named_scorer, scorer_for, summary
+    from scaledreamer.core.processes import launched
     from scaledreamer.training.memory_estimate import memory_line
     from scaledreamer.training.method_defaults import describe_method
     from scaledreamer.training.trainer import run_training
@@ -82,11 +84,14 @@ def train_and_evaluate(options: Train) -> str:
     if options.resume and not folder.exists():
         print(f"nothing to resume in {folder}: starting anew", file=sys.stderr)
     try:
-        run = run_training(folder, settings, options.resume, on_start=starting)
+        with closing(launched(settings.device)) as world:
+            run = run_training(folder, settings, options.resume, on_start=starting, world=world)
     except KeyboardInterrupt:
         raise Stopped(
             "stopped; what is done is saved: give the same command with --resume to go on"
         ) from None
+    if not world.main:
+        return ""  # the main process evaluates
     try:
         later = f"the training is done, evaluate it with: scaledreamer evaluate {folder} --views 30"
         with memory_errors(later):

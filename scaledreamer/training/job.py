@@ -25,7 +25,8 @@ from .job_controls import ENDED, JobControls
 from .run import Run
 from .run_logs import read_rows
 from .train_settings import MakeGenerator, TrainSettings
-from .trainer import check_training, run_training, save_picture, save_run
+from .run_start import check_training
+from .trainer import run_training, save_picture, save_run
 
 # %% ../../nbs/70_training/55_job.ipynb #a79b61d4
 def save_now(run: Run, picture: bool) -> str:

@@ -44,15 +44,15 @@ def linear(measure: Callable[[int], int], count: int, few: int, more: int) -> in
     return high + max(0, high - low) * (count - more) // (more - few)
 
 
-def prompts_at_once(settings: TrainSettings) -> int:
+def prompts_at_once(settings: TrainSettings, processes: int = 1) -> int:
     "Number of prompts in a part of a step."
-    return settings.prompts_per_step // settings.optim.accumulate
+    return settings.prompts_per_step // (settings.optim.accumulate * processes)
 
 
 def step_render_bytes(run: Run) -> int:
     "Estimated bytes of the renders of a step and of their backward pass; computed once for a run."
     if run.step_render_bytes is None:
-        prompts = prompts_at_once(run.settings)
+        prompts = prompts_at_once(run.settings, run.world.size)
         run.step_render_bytes = linear(lambda count: _renders(run, count), prompts, 4, 8)
     return run.step_render_bytes
 
@@ -78,7 +78,7 @@ def _prior_of(run: Run, images: int) -> int:
 
 def step_prior_bytes(run: Run) -> int:
     "Estimated bytes that the prior needs for the images of a step; 0 for up to 16 of them."
-    images = prompts_at_once(run.settings) * run.settings.views_per_prompt
+    images = prompts_at_once(run.settings, run.world.size) * run.settings.views_per_prompt
     views = 1 if images <= 16 else getattr(run.prior, "views", 1)
     measure = lambda groups: _prior_of(run, groups * views)
     return 0 if images <= 16 else linear(measure, images // views, 1, 2)
@@ -129,7 +129,7 @@ def check_memory(run: Run, left: int | None = None) -> None:
     left = memory_left(s.device) if left is None else left
     if left is None:
         return
-    images = s.prompts_per_step * s.views_per_prompt
+    images = s.prompts_per_step * s.views_per_prompt // run.world.size
     need, chunks = 36 * images * s.resolution**2, False
     if need <= left:
         copies = COPIES[s.optim.optimizer]
