@@ -87,6 +87,9 @@ def read_run_settings(folder: Path) -> TrainSettings:
 
 # %% ../../nbs/70_training/45_run_folder.ipynb #aea9bda1
 _FREE = {"steps", "log_every", "validate_every", "checkpoint_every", "device", "corpus", "prompt"}
+_FREE |= {f"save.{name}" for name in ("keep_checkpoints", "keep_best", "max_skipped_steps")}
+_FREE |= {f"corpus_settings.{name}" for name in ("column", "corpus_folder")}  # prompts decide
+_FREE |= {"corpus_settings.drop_near_duplicates"}
 _FREE |= {f"render.{name}_rays_per_chunk" for name in ("train", "eval")} | {"optim.accumulate"}
 _FREE |= {f"prior_settings.{name}" for name in ("dtype", "channels_last", "compile", "graphs")}
 _FREE |= {f"prior_settings.{name}" for name in ("shared_text", "vae_checkpoint")}
@@ -230,8 +233,10 @@ def start_folder(run: Run) -> None:
     store_texts(folder, texts, run.prior.encode_text)
 
 # %% ../../nbs/70_training/45_run_folder.ipynb #5695673a
-def log_session(run: Run, first: int, started: float) -> None:
-    "Append to `sessions.jsonl` the steps, seconds, memory and machine of this process."
+def log_session(run: Run, first: int, started: float, **more: Any) -> None:
+    """Append to `sessions.jsonl` the steps, seconds, memory and machine of this process, the number
+    of skipped steps of the run, if there are any, and `more`."""
+    skipped = run.monitor.skipped
     row = {
         "first": first,  # number of steps done before this session
         "last": run.step,
@@ -239,4 +244,5 @@ def log_session(run: Run, first: int, started: float) -> None:
         "seconds": round(time.monotonic() - started, 1),
         "peak_memory_gb": peak_memory_gb(),
     }
-    append_row(run.folder / "sessions.jsonl", row | machine())
+    row |= {"skipped": skipped} if skipped else {}
+    append_row(run.folder / "sessions.jsonl", row | more | machine())

@@ -20,7 +20,7 @@ from .train_settings import TrainSettings
 def training_prompts(settings: TrainSettings) -> tuple[Prompt, ...]:
     "The prompts given themselves, or those of the corpus. Raises `UsageError` for both, or none."
     if not settings.prompt:
-        return load_corpus(settings.corpus)
+        return load_corpus(settings.corpus, settings.corpus_settings)
     if settings.corpus != TrainSettings.corpus:
         raise UsageError(
             f"--prompt and --corpus {shown_path(settings.corpus)} are both given: "

@@ -39,8 +39,9 @@ from ..prior.prior_settings import PriorSettings
 from ..prior.toybox_mixture import toybox_mixture
 from ..release.released_weights import ReleasedSettings
 from ..rendering.render_settings import RenderSettings
-from .corpora import Prompt
+from .corpora import CorpusSettings, Prompt
 from .optim_settings import LossSettings, OptimSettings
+from .save_settings import SaveSettings
 
 # %% ../../nbs/70_training/20_train_settings.ipynb #7bbe1409
 TOYBOX_RENDER = RenderSettings(beta=1 / 60, bounding_radius=0.7, eikonal_samples=512)
@@ -53,7 +54,10 @@ class TrainSettings:
     # 2D diffusion model: tiny-sd, tiny-mv, which sees four views at once, mixture, or the folder,
     # file or hub id of a Stable Diffusion or MVDream
     prior: str = "tiny-sd"
-    corpus: str = "toybox-15"  # toybox-15, toybox-800, toybox-unseen, or a file such as prompts.txt
+    # toybox-15, toybox-800, toybox-100k, toybox-unseen; MG15, DF415, AT2520, DL17k, CP100k of the
+    # paper; or a file such as prompts.txt
+    corpus: str = "toybox-15"
+    corpus_settings: Annotated[CorpusSettings, tyro.conf.arg(name="")] = CorpusSettings()
     # prompts themselves, in place of a corpus: --prompt "a red car" "a blue house"
     prompt: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
     # text-to-3D network: hyper-ingp, conv3d, triplane or ingp, their -paper sizes, conv3d-paper-2
@@ -73,13 +77,12 @@ class TrainSettings:
     log_every: int = 10  # number of steps between two lines of metrics.jsonl, from 1 to 10^8
     validate_every: int = 500  # number of steps between two validation pictures, from 1 to 10^8
     checkpoint_every: int = 500  # number of steps between two checkpoints, from 1 to 10^8
-    # precision and compilation of a Stable Diffusion prior; the mixture prior has no networks
-    prior_settings: PriorSettings = field(default_factory=PriorSettings)
+    save: Annotated[SaveSettings, tyro.conf.arg(name="")] = SaveSettings()
+    prior_settings: PriorSettings = PriorSettings()  # precision and compilation of its networks
     distill: DistillSettings = DistillSettings()  # how noise predictions become a gradient
     loss: LossSettings = field(default_factory=LossSettings)  # weights of the regularisers
     optim: OptimSettings = field(default_factory=OptimSettings)  # optimiser and learning rate
-    # distribution of the training cameras
-    cameras: FramedCameras | SingleCameras | RigCameras = field(default_factory=FramedCameras)
+    cameras: FramedCameras | SingleCameras | RigCameras = FramedCameras()  # of the training renders
     background: BackgroundAugmentation = BackgroundAugmentation()  # behind the training renders
     render: RenderSettings = field(default_factory=lambda: TOYBOX_RENDER)  # volume rendering
     # shapes of imported weights, in place of the generator's own
