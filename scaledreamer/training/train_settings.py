@@ -73,6 +73,9 @@ class TrainSettings:
     # at once, as many as it sees
     views_per_prompt: int = 1
     resolution: int = 64  # width and height of the training renders in pixels, from 1 to 4096
+    # folder of stores of text embeddings, for any corpus; None: small corpora stay in memory, large
+    # ones use $SCALEDREAMER_CACHE/embeddings, by default in ~/.cache/scaledreamer
+    embeddings: str | None = None
     device: str = "cpu"  # cpu, cuda, cuda:1, mps, or auto for the best one of this machine
     log_every: int = 10  # number of steps between two lines of metrics.jsonl, from 1 to 10^8
     validate_every: int = 500  # number of steps between two validation pictures, from 1 to 10^8
