@@ -260,9 +260,13 @@ def test_flows_are_refused(whole, copy, tmp_path):
     edit(copy, "model_index.json", _class_name="RectifiedFlowPipeline")
     assert "RectifiedFlowPipeline is a model of rectified flow" in refusal(copy, UsageError)
     edit(copy, "model_index.json", _class_name="StableDiffusionPipeline")
-    name = ["diffusers", "FlowMatchEulerDiscreteScheduler"]
-    edit(copy, "model_index.json", scheduler=name)
-    assert "whose process is a flow" in refusal(copy, UsageError)
+    edit(copy, "model_index.json", scheduler=["diffusers", "FlowMatchLCMScheduler"])
+    assert "whose process is another flow" in refusal(copy, UsageError)
+    edit(copy, "model_index.json", scheduler=["diffusers", "FlowMatchEulerDiscreteScheduler"])
+    said = refusal(copy, UsageError)
+    assert '_class_name is "DDIMScheduler": expected FlowMatchEulerDiscreteScheduler' in said
+    edit(copy, "scheduler/scheduler_config.json", _class_name="FlowMatchEulerDiscreteScheduler")
+    assert StableDiffusionPrior.from_pretrained(copy).prediction_type == "v_prediction"
 
 
 @torch.no_grad()
@@ -282,6 +286,10 @@ def test_a_velocity_said_to_be_noise_is_refused(copy):
         if sign == 1:
             StableDiffusionPrior.from_pretrained(copy)
     assert "it seems to predict the velocity of a flow" in refusal(copy, UsageError)
+    flow = "FlowMatchEulerDiscreteScheduler"  # whose velocity is noise minus image
+    edit(copy, "model_index.json", scheduler=["diffusers", flow])
+    edit(copy, "scheduler/scheduler_config.json", _class_name=flow)
+    assert "from noise to image" in refusal(copy, UsageError)
 
 
 def test_values_that_are_not_finite_are_refused(copy):

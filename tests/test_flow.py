@@ -1,17 +1,19 @@
 """Flow-matching priors: their schedule, the shift rule in log-SNR, pooled text, and SD3 folders."""
 
 import json
+from dataclasses import fields
 from functools import partial
 from types import SimpleNamespace
 
 import pytest
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusionPipeline
 from fixtures import DOUBLE, NOISE, SHAPE, T, X, draw, make, texts_of, texts_with_negatives
 from torch import nn
 
 from scaledreamer.commands.cli import run_command
 from scaledreamer.core.settings import UsageError
-from scaledreamer.core.tensors import make_rng, seed_everything
+from scaledreamer.core.tensors import make_rng, seed_everything, seeded
 from scaledreamer.distill.conditioning import make_conditioning
 from scaledreamer.distill.distill_settings import DistillSettings
 from scaledreamer.distill.estimator import LoRAEstimator, estimator_loss
@@ -25,16 +27,22 @@ from scaledreamer.distill.shift import constant_shift, deterministic_shift, rand
 from scaledreamer.distill.shift_identity import sds_share
 from scaledreamer.distill.vsd import esd, vsd
 from scaledreamer.noise_error.image_sources import ddim
-from scaledreamer.prior.base import pack_text, unpack_text
-from scaledreamer.prior.flow_schedule import flow_loss, flow_schedule
+from scaledreamer.prior.base import Conditioning, pack_text, unpack_text
+from scaledreamer.prior.flow_schedule import FlowSchedule, flow_loss, flow_schedule
 from scaledreamer.prior.mixture import MixturePrior
 from scaledreamer.prior.open_prior import open_prior
-from scaledreamer.prior.pipelines import quiet
+from scaledreamer.prior.pipelines import quiet, random_pipeline
 from scaledreamer.prior.prior_checks import check_prior
 from scaledreamer.prior.schedule import NoiseSchedule, scaled_linear
 from scaledreamer.prior.sd3_text import random_sd3_pipeline
+from scaledreamer.prior.stable_diffusion import StableDiffusionPrior
 from scaledreamer.prior.stable_diffusion_3 import StableDiffusion3Prior
+from scaledreamer.recipes.tiny_sd import make_autoencoder
+from scaledreamer.recipes.tiny_sd_recipe import model_card, prior_renders, save_pipeline
+from scaledreamer.recipes.tiny_sd_training import RecipeSettings, TinyTraining
+from scaledreamer.recipes.tiny_sd_training import load_training, save_training
 from scaledreamer.toy.point_estimator import PointEstimator
+from scaledreamer.toybox.render_sets import RenderSet, make_renders
 
 STABLE, FLOW, SD3 = scaled_linear(), flow_schedule(), flow_schedule(shift=3.0)
 FLOWS = pytest.mark.parametrize("schedule", [FLOW, SD3], ids=["flow", "sd3"])
@@ -55,6 +63,17 @@ def folders(tmp_path_factory):
 @pytest.fixture(scope="module")
 def sd3(folders):
     return open_prior(folders / "plain")
+
+
+@pytest.fixture(scope="module")
+def unet_flow(tmp_path_factory):
+    "The folder of a small Stable Diffusion whose U-Net predicts the velocity of a flow."
+    seed_everything(1)
+    folder, pipe = tmp_path_factory.mktemp("unet_flow"), random_pipeline()
+    pipe.register_modules(scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0))
+    with quiet():
+        pipe.save_pretrained(folder)
+    return folder
 
 
 # the schedule -------------------------------------------------------------------------------------
@@ -323,6 +342,114 @@ def test_rfds_on_stable_diffusion_weighs_velocities_too():
     found = rfds(prior, X, text, T, NOISE, guidance=1.0).gradient
     v = STABLE.v_from_eps(x_t, eps, T) - STABLE.v_from_eps(x_t, NOISE, T)
     torch.testing.assert_close(found, v)
+
+
+# a U-Net of a flow --------------------------------------------------------------------------------
+
+
+def test_a_unet_of_a_flow_is_that_of_diffusers(unet_flow):
+    "Its velocity, at the timesteps of the scheduler, and the pipeline's own samples."
+    prior = open_prior(unet_flow)
+    assert type(prior) is StableDiffusionPrior and type(prior.schedule) is FlowSchedule
+    check_prior(prior, TEXTS)
+    pipe = StableDiffusionPipeline.from_pretrained(unet_flow, local_files_only=True)
+    pipe.set_progress_bar_config(disable=True)
+    x_t, t = torch.randn(3, 4, 8, 8, generator=make_rng(0)), torch.tensor([0, 470, 998])
+    tokens = prior.encode_text([*TEXTS, ""]).tokens
+    with torch.no_grad():
+        velocity = pipe.unet(x_t, pipe.scheduler.timesteps.flip(0)[t], tokens).sample
+    s = prior.schedule.levels[t].float().view(3, 1, 1, 1)
+    eps = prior.predict_noise(x_t, t, tokens)
+    torch.testing.assert_close(eps, x_t + (1 - s) * velocity, atol=1e-5, rtol=1e-5)
+    pipe.scheduler.init_noise_sigma = 1.0  # Stable Diffusion's pipeline scales its noise by it
+    options = {"num_inference_steps": 4, "guidance_scale": 5.0, "output_type": "latent"}
+    theirs = pipe("a red ball", height=16, width=16, latents=x_t[:1], **options).images
+    at = (pipe.scheduler.sigmas[:, None] - prior.schedule.levels).abs().argmin(1)[:-1]
+    pair, x = prior.encode_text(["", "a red ball"]).tokens, x_t[:1]
+    with torch.no_grad():
+        for now, to in zip(at, [*at[1:], None]):
+            found = prior.predict_noise(x.repeat(2, 1, 1, 1), now.expand(2), pair)
+            v = prior.schedule.v_from_eps(x, found[:1] + 5 * (found[1:] - found[:1]), now[None])
+            levels = prior.schedule.levels.float()
+            if to is None:
+                x = x - levels[now] * v
+            elif now == 999:  # v has no eps there
+                x = x + (levels[to] - 1) * _velocity(prior, x, now, pair)
+            else:
+                x = x + (levels[to] - levels[now]) * v
+    torch.testing.assert_close(x, theirs, atol=0.01, rtol=0.01)
+
+
+def _velocity(prior, x, now, pair):
+    v = prior.raw_output(prior.unet, x.repeat(2, 1, 1, 1), now.expand(2), pair)
+    return v[:1] + 5 * (v[1:] - v[:1])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_methods_keep_their_contract_on_a_unet_of_a_flow(unet_flow, name):
+    "In float64, since RFDS at guidance 100 divides differences of noise by 1 - s, here .007."
+    prior = open_prior(unet_flow).to("cpu", DOUBLE)
+    text = make_conditioning(
+        prior, [*TEXTS, "a cube"], nfsd_negative_prompt="a ball", bridge_source_prompt=""
+    )
+    parts = (getattr(text, field.name) for field in fields(text))
+    text = Conditioning(*(part if part is None else part.to(DOUBLE) for part in parts))
+    check_method(methods_of(prior)[name], prior, text)
+
+
+def test_the_estimator_of_a_unet_of_a_flow_learns_its_velocity(unet_flow):
+    prior = open_prior(unet_flow)
+    estimator = LoRAEstimator(prior)
+    x, noise = (torch.randn(3, 4, 8, 8, generator=make_rng(i)) for i in range(2))
+    tokens = prior.encode_text([*TEXTS, ""]).tokens
+    s = prior.schedule.levels[T].float()
+    velocity = lambda x_s, s: prior.raw_output(prior.unet, x_s, T, tokens)
+    with torch.no_grad():
+        found = estimator_loss(estimator, prior.schedule, x, tokens, T, noise)
+        torch.testing.assert_close(found, flow_loss(velocity, x, noise, s))
+
+
+# the recipe ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def renders(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("renders")
+    make_renders(folder, 12, prior_renders(0), show=False)
+    return RenderSet(folder)
+
+
+def tiny_training(renders, **settings):
+    with seeded(0):
+        vae = make_autoencoder(renders.batch(list(range(12)), make_rng(0)))
+    return TinyTraining(renders, vae, RecipeSettings(**{"steps": 40, "batch": 8} | settings))
+
+
+@pytest.mark.parametrize("views", [1, 4])
+def test_the_recipe_trains_a_flow_and_its_folder_opens(renders, tmp_path, views):
+    tiny = tiny_training(renders, objective="flow", views=views)
+    losses = [tiny.step() for _ in range(12)]
+    assert sum(losses[-3:]) < sum(losses[:3])
+    save_training(tiny, tmp_path)
+    again = tiny_training(renders, objective="flow", views=views)
+    load_training(again, tmp_path)
+    assert again.step() == tiny.step()
+    save_pipeline(tiny, tmp_path / "made")
+    prior = open_prior(tmp_path / "made")
+    assert type(prior.schedule) is FlowSchedule and getattr(prior, "views", 1) == views
+    assert "flow matching" in model_card(tiny, "made")
+
+
+def test_a_training_of_an_older_version_goes_on(renders, tmp_path):
+    "Its state has no objective, which was noise."
+    tiny = tiny_training(renders)
+    save_training(tiny, tmp_path)
+    state = json.loads((tmp_path / "state.json").read_text())
+    del state["settings"]["objective"]
+    (tmp_path / "state.json").write_text(json.dumps(state))
+    load_training(tiny_training(renders), tmp_path)
+    with pytest.raises(UsageError, match="has a training whose objective differ"):
+        load_training(tiny_training(renders, objective="flow"), tmp_path)
 
 
 # Stable Diffusion 3 -------------------------------------------------------------------------------

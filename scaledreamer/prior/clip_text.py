@@ -11,7 +11,7 @@ from unicodedata import normalize
 
 import torch
 from jaxtyping import Int
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from ..core.settings import UsageError
@@ -143,6 +143,7 @@ class TextCache(TextReader):
         size: int = 4096,  # texts in the cache
     ) -> None:
         super().__init__(tokenizer, encoder, strict)
+        self.encoders: tuple[nn.Module, ...] = (encoder,)
         self.size = size
         self.known: dict[str, tuple[Tensor, ...]] = {}  # the least recently used first
 

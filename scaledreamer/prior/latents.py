@@ -22,7 +22,7 @@ from ..camera.poses import orbit
 from ..core.files import shown_path
 from ..core.settings import RunError, UsageError
 from .base import Rows
-from .camera_embedding import unet_views
+from .flow_schedule import FlowSchedule
 from .pipeline_configs import loading
 from .pipeline_fit import check_noise
 from .schedule import NoiseSchedule
@@ -94,37 +94,37 @@ def _outputs(parts: Any, x: Tensor, place: Path) -> dict[str, Tensor]:
         with loading(place / part / "config.json", type(network), json.loads(text)):
             return call()
 
-    t = torch.tensor([parts.schedule.steps - 1], device=x.device)
-    vae, unet, text = parts.vae, parts.unet, parts.text
-    options = {}
-    if (views := unet_views(unet)) > 1:
-        cameras = camera_condition(orbit(views).c2w())[0].to(x.device, unet.dtype)
-        options = {"class_labels": cameras, "views": views}
+    t = torch.full((len(x),), parts.schedule.steps - 1, device=x.device)
+    vae, network, text, options = parts.vae, parts.network, parts.text, {}
+    if len(x) > 1:  # a group of views
+        cameras = camera_condition(orbit(len(x)).c2w())[0].to(x.device, network.dtype)
+        options = {"class_labels": cameras, "views": len(x)}
     tokens = run("text_encoder", text.encoder, lambda: text([""]).tokens.float())
     text.known.clear()  # the cache is left as it was
     rgb = run("vae", vae, lambda: latent_images(vae, x))
     latents = run("vae", vae, lambda: image_latents(vae, rgb, rgb.shape[-1]))
     texts = tokens.expand(len(x), -1, -1)
-    out = run("unet", unet, lambda: run_unet(unet, x, t, texts, **options))
-    return {"text_encoder": tokens, "vae": latents, "unet": out}
+    out = run(parts.part, network, lambda: parts.raw_output(network, x, t, texts, **options))
+    return {"text_encoder": tokens, "vae": latents, parts.part: out}
 
 # %% ../../nbs/30_prior/84_latents.ipynb #a1601f84
 @torch.no_grad()
 def try_out(
-    parts: Any,  # unet, vae, text (a TextCache), schedule, latent_shape, prediction_type
+    parts: Any,  # of a pipeline: a `LatentTexts`
     name: str | Path,  # of the pipeline, for messages
 ) -> None:
     "Raises `UsageError` or `RunError` where a network fails, or gives values that are not finite."
     channels, side, _ = parts.latent_shape
-    small = min(side, max(8, side // 4))
-    rng, count = torch.Generator().manual_seed(0), unet_views(parts.unet)
-    x = torch.randn(count, channels, small, small, generator=rng)
+    patch = parts.network.config.get("patch_size", 1)  # of a transformer
+    small = min(side, max(8, side // 4)) // patch * patch
+    rng = torch.Generator().manual_seed(0)
+    x = torch.randn(getattr(parts, "views", 1), channels, small, small, generator=rng)
     values = _outputs(parts, x.to(parts.schedule.alphas_cumprod.device), Path(name))
     for part, value in values.items():
         where = f"{shown_path(name)}/{part}"
         if not value.isfinite().all():
             raise RunError(
-                f"{where}: its output is not finite in {parts.unet.dtype}: give "
+                f"{where}: its output is not finite in {parts.network.dtype}: give "
                 "--prior-settings.dtype float32, or copy or download the model again"
             )
         if part != "text_encoder" and value.shape != x.shape:
@@ -132,5 +132,5 @@ def try_out(
                 f"{where}: latents of {list(x.shape)} become {list(value.shape)}: "
                 "expected parts of one model"
             )
-    if parts.prediction_type == "epsilon":
-        check_noise(x, values["unet"].cpu(), f"{shown_path(name)}/unet")
+    if parts.prediction_type == "epsilon" or isinstance(parts.schedule, FlowSchedule):
+        check_noise(x, values[parts.part].cpu(), f"{shown_path(name)}/{parts.part}")

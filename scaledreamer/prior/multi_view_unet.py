@@ -12,7 +12,7 @@ from typing import Self
 import torch.nn.functional as F
 from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import Attention
-from jaxtyping import Float, Int
+from jaxtyping import Float, Num
 from torch import Tensor, nn
 
 from ..core.settings import UsageError
@@ -92,7 +92,7 @@ class MultiViewUNet(nn.Module):
     def forward(
         self,
         x_t: Float[Tensor, "b c h w"],
-        t: Int[Tensor, " b"],
+        t: Num[Tensor, " b"],  # of a flow they are not whole
         tokens: Float[Tensor, "b n d"],
         camera: Float[Tensor, "b 16"],  # with positions of unit length
         views: int | None = None,  # rows per group; 1: each image for itself; None: `self.views`

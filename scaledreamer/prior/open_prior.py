@@ -17,7 +17,7 @@ from .multi_view import MultiViewPrior
 from .open_pipeline import open_pipeline
 from .pipeline_index import pipeline_class
 from .pipeline_source import local_pipeline, pipeline_source
-from .stable_diffusion import StableDiffusionPrior
+from .stable_diffusion import StableDiffusionPrior, prior_from_parts
 from .stable_diffusion_3 import StableDiffusion3Prior
 
 # %% ../../nbs/30_prior/99_open_prior.ipynb #d6072082
@@ -35,4 +35,4 @@ def open_prior(
         return StableDiffusion3Prior.from_pretrained(path_or_id, settings, device, strict)
     opened = open_pipeline(path_or_id, settings)
     kind = MultiViewPrior if unet_views(opened.unet) > 1 else StableDiffusionPrior
-    return kind.from_opened(opened, path_or_id, settings, device, strict)
+    return prior_from_parts(kind, opened, path_or_id, settings, device, strict)

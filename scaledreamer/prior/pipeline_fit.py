@@ -22,6 +22,7 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokeniz
 from ..core.files import read_json
 from ..core.settings import UsageError, shorten
 from .camera_embedding import unet_views
+from .flow_schedule import FLOW_SCHEDULERS
 
 # %% ../../nbs/30_prior/76_pipeline_fit.ipynb #f182c2b8
 def _side(network: UNet2DConditionModel | SD3Transformer2DModel, part: str) -> int:
@@ -166,7 +167,7 @@ def model_names(folder: Path) -> list[str]:
 # %% ../../nbs/30_prior/76_pipeline_fit.ipynb #bb53dcd2
 def check_noise(
     x: Float[Tensor, "b ..."],  # pure noise
-    out: Float[Tensor, "b ..."],  # of a network that is said to predict noise
+    out: Float[Tensor, "b ..."],  # of a network of noise, or of a velocity from image to noise
     name: str = "unet",  # of the network, for the message
 ) -> float:  # their cosine
     "Raises `UsageError` for an output that points away from the noise, as a flow's velocity does."
@@ -174,7 +175,7 @@ def check_noise(
     if cosine < -0.5:
         raise UsageError(
             f"{name}: its output on pure noise has a cosine of {cosine:.2f} with that noise, where "
-            "about 1 is expected (prediction_type is epsilon): it seems to predict the velocity of "
-            "a flow, which is not supported"
+            "a positive one is expected: it seems to predict the velocity of a flow from noise to "
+            f"image; expected noise, or a velocity from image to noise with {FLOW_SCHEDULERS[0]}"
         )
     return cosine

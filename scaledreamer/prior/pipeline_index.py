@@ -53,7 +53,7 @@ CLASSES = {
     "vae": ("AutoencoderKL", "AutoencoderTiny"),
     "text_encoder": ("CLIPTextModel",),
     "tokenizer": ("CLIPTokenizer", "CLIPTokenizerFast"),
-    "scheduler": SCHEDULERS,
+    "scheduler": (*SCHEDULERS, *FLOW_SCHEDULERS),
 }
 _FOREIGN = {  # parts of other pipelines, and what they mean
     "transformer": "a transformer in place of a U-Net",
@@ -79,17 +79,18 @@ FLOWS = re.compile("rectified|instaflow|perflow", re.IGNORECASE)  # in names of 
 
 
 def _refuse_foreign(file: Path, index: dict[str, Any], name: str = "") -> None:
-    "Raises `UsageError` for a pipeline of another kind, with its class."
+    "Raises `UsageError` for a pipeline of another kind, with its class, or an unknown velocity."
     kind = shorten(index.get("_class_name"), str)
     foreign = _foreign(index)
     if foreign:
         remedy = "open it with open_prior" if kind == "StableDiffusion3Pipeline" else EXPECTED
         raise UsageError(f"{shown_path(file)}: a {kind} {foreign}: {remedy}")
     for given in (name, index.get("_name_or_path"), index.get("_class_name")):
-        if FLOWS.search(str(given)):
+        if FLOWS.search(str(given)) and not any(flow in str(index) for flow in FLOW_SCHEDULERS):
             raise UsageError(
                 f"{shown_path(file)}: {shorten(given, str)} is a model of rectified flow, whose "
-                f"U-Net predicts a velocity, not noise: {EXPECTED}"
+                f"U-Net predicts a velocity, without {FLOW_SCHEDULERS[0]}, which says how: "
+                f"{EXPECTED}"
             )
 
 # %% ../../nbs/30_prior/64_pipeline_index.ipynb #869cd94e
@@ -151,11 +152,12 @@ def pipeline_index(
     _refuse_foreign(file, index, name)
     classes = {part: _entry(file, index, part, known) for part, known in CLASSES.items()}
     scheduler = classes["scheduler"]
-    if scheduler not in SCHEDULERS:
-        flow = ", whose process is a flow" if "Flow" in scheduler else ""
+    if scheduler not in CLASSES["scheduler"]:
+        flow = ", whose process is another flow" if "Flow" in scheduler else ""
         raise UsageError(
             f"{shown_path(file)}: scheduler is {shorten(scheduler)}{flow}: expected a scheduler of "
-            "diffusers whose noise schedule can be read, such as DDIMScheduler"
+            "diffusers whose noise schedule can be read, such as DDIMScheduler, or "
+            f"{FLOW_SCHEDULERS[0]}"
         )
     return classes
 

@@ -4,12 +4,11 @@
 
 # %% auto #0
 __all__ = ['PREDICTION_TYPES', 'check_safetensors', 'check_pickle', 'weight_files', 'load_network', 'load_tokenizer',
-           'load_scheduler', 'load_t5_tokenizer', 'load_flow_scheduler']
+           'load_scheduler', 'load_t5_tokenizer']
 
 # %% ../../nbs/30_prior/66_pipeline_parts.ipynb #fca870c4
 import json
 import re
-from collections.abc import Callable
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,12 +22,11 @@ from transformers import CLIPTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from ..core.files import parse_json, read_json, read_regular_file, read_text_file
 from ..core.files import shown_path
 from ..core.settings import RunError, UsageError, shorten
-from .flow_schedule import FLOW_SCHEDULERS, flow_from_diffusers
+from .flow_schedule import FLOW_SCHEDULERS, schedule_of
 from .pipeline_configs import REMEDY, check_sizes, loading
 from .pipeline_index import SCHEDULERS
 from .pipeline_source import weight_kinds, weights_kind
 from .pipelines import first_line
-from .schedule import from_diffusers
 
 # %% ../../nbs/30_prior/66_pipeline_parts.ipynb #51ba9b99
 def check_safetensors(file: Path) -> None:
@@ -190,23 +188,35 @@ def _scheduler_faults(config: dict[str, Any]) -> Iterator[tuple[str, str]]:
         if given and (type(number) not in kinds or not low <= number <= high):
             yield key, f"{'an integer' if low else 'a number'} from {low} to {high}"
 
+# %% ../../nbs/30_prior/66_pipeline_parts.ipynb #951d173f
+def _flow_faults(name: str, config: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    "The same for a flow-matching scheduler."
+    steps, shift = config.get("num_train_timesteps", 1000), config.get("shift", 1.0)
+    if config.get("_class_name", name) not in FLOW_SCHEDULERS:
+        yield "_class_name", name
+    if type(steps) is not int or not 2 <= steps <= 10**6:
+        yield "num_train_timesteps", "2 to 10^6"
+    if type(shift) not in (int, float) or not 0 < shift < 1e4:
+        yield "shift", "a number above 0"
+    if type(config.get("use_dynamic_shifting", False)) is not bool:
+        yield "use_dynamic_shifting", "true or false"
 
-def _check_scheduler(file: Path, config: dict[str, Any]) -> None:
+
+def _check_scheduler(file: Path, name: str, config: dict[str, Any]) -> None:
     "Raises `UsageError` for the first fault."
-    for key, expected in _scheduler_faults(config):
+    faults = _flow_faults(name, config) if name in FLOW_SCHEDULERS else _scheduler_faults(config)
+    for key, expected in faults:
         found = shorten(config[key], json.dumps) if key in config else "missing"
         raise UsageError(f"{shown_path(file)}: {key} is {found}: expected {expected}")
 
 # %% ../../nbs/30_prior/66_pipeline_parts.ipynb #02635804
-def _make_scheduler(
-    file: Path, name: str, config: dict[str, Any], check: Callable[[Any], Any]
-) -> Any:
-    "The scheduler of a configuration; a `UsageError` of `check` gets the name of the file."
+def _make_scheduler(file: Path, name: str, config: dict[str, Any]) -> Any:
+    "The scheduler of a configuration. Raises `UsageError` for one whose process cannot be read."
     cls = getattr(diffusers, name)
     with loading(file, cls, config):
         scheduler = cls.from_config({**config, "_class_name": name})
     try:
-        check(scheduler)
+        schedule_of(scheduler)
     except UsageError as error:
         raise UsageError(f"{shown_path(file)}: {error}") from None
     return scheduler
@@ -214,13 +224,13 @@ def _make_scheduler(
 
 def load_scheduler(
     folder: Path,
-    name: str,  # one of `SCHEDULERS`
-) -> Any:  # the scheduler of diffusers, with its table alphas_cumprod
+    name: str,  # one of `SCHEDULERS` or `FLOW_SCHEDULERS`
+) -> Any:  # the scheduler of diffusers
     "The scheduler of the folder of its part. Raises `UsageError` or `RunError` as the others do."
     file = folder / "scheduler_config.json"
     config = read_json(file, dict, RunError, "copy or download it again")
-    _check_scheduler(file, config)
-    return _make_scheduler(file, name, config, from_diffusers)
+    _check_scheduler(file, name, config)
+    return _make_scheduler(file, name, config)
 
 # %% ../../nbs/30_prior/66_pipeline_parts.ipynb #19e52f53
 def load_t5_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
@@ -230,24 +240,3 @@ def load_t5_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     config = _tokenizer_files(folder)
     with loading(folder / "tokenizer.json", T5TokenizerFast, config):
         return T5TokenizerFast.from_pretrained(str(folder), local_files_only=True)
-
-
-def load_flow_scheduler(
-    folder: Path,
-    name: str,  # one of `FLOW_SCHEDULERS`
-) -> Any:  # the scheduler of diffusers
-    "The scheduler of a flow. Raises `UsageError` or `RunError` as the others do."
-    file = folder / "scheduler_config.json"
-    config = read_json(file, dict, RunError, "copy or download it again")
-    steps, shift = config.get("num_train_timesteps", 1000), config.get("shift", 1.0)
-    dynamic = config.get("use_dynamic_shifting", False)
-    for key, value, fits, expected in (
-        ("_class_name", config.get("_class_name", name), FLOW_SCHEDULERS.__contains__, name),
-        ("num_train_timesteps", steps, lambda x: type(x) is int and 2 <= x <= 10**6, "2 to 10^6"),
-        ("shift", shift, lambda x: type(x) in (int, float) and 0 < x < 1e4, "a number above 0"),
-        ("use_dynamic_shifting", dynamic, lambda x: type(x) is bool, "true or false"),
-    ):
-        if not fits(value):
-            found = shorten(value, json.dumps)
-            raise UsageError(f"{shown_path(file)}: {key} is {found}: expected {expected}")
-    return _make_scheduler(file, name, config, flow_from_diffusers)

@@ -98,6 +98,9 @@ class NoiseLevels(AlphaTable):
         "log(alpha_t^2 / sigma_t^2) [b]; -inf where alpha_t = 0."
         return (self.abar(t) / self.variance(t)).log()
 
+    def times(self, t: Tensor) -> Tensor:  # what a network is given as its timestep [b]
+        return t
+
 # %% ../../nbs/30_prior/10_schedule.ipynb #78ca4311
 @dataclass(frozen=True, eq=False)
 class NoiseSchedule(NoiseLevels):

@@ -93,6 +93,7 @@ class SD3Text(TextCache):
     ) -> None:
         super().__init__(*clips[0], strict, size)
         self.clips, self.t5, self.width = clips, t5, width
+        self.encoders = tuple(encoder for _, encoder in (*clips, *([] if t5 is None else [t5])))
         self.window = min(token_window(*clip) for clip in clips)
 
     @torch.no_grad()

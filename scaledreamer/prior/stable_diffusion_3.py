@@ -6,39 +6,36 @@
 __all__ = ['SD3Parts', 'StableDiffusion3Prior']
 
 # %% ../../nbs/30_prior/98_stable_diffusion_3.ipynb #ee4fdde9
-import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Self
 
 import torch
-from diffusers import AutoencoderKL, ModelMixin, SD3Transformer2DModel
+from diffusers import AutoencoderKL, SD3Transformer2DModel
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import CLIPTextModelWithProjection, T5EncoderModel
 
 from ..camera.view_words import VIEW_TOKENS
 from ..core.files import shown_path
-from ..core.settings import RunError, UsageError
+from ..core.settings import UsageError
 from ..core.tensors import seeded
 from .base import unpack_text
-from .execution import PriorSettings, apply_execution
+from .execution import PriorSettings
 from .flow_schedule import flow_from_diffusers
-from .latents import image_latents, latent_images
 from .open_pipeline import check_variant
-from .pipeline_configs import loading
 from .pipeline_fit import latent_sizes
 from .pipeline_index import sd3_index
-from .pipeline_parts import load_flow_scheduler, load_network
+from .pipeline_parts import load_network, load_scheduler
 from .pipeline_parts import load_t5_tokenizer, load_tokenizer
 from .pipeline_source import local_pipeline, pipeline_source
 from .sd3_text import SD3Text, check_sd3_fit
-from .stable_diffusion import LatentTexts, refuse_camera
+from .stable_diffusion import LatentTexts, ready_prior, refuse_camera
 
 # %% ../../nbs/30_prior/98_stable_diffusion_3.ipynb #4419ef41
 class SD3Parts(LatentTexts):
     "The networks of a Stable Diffusion 3 pipeline, and their velocity."
 
+    part = "transformer"
     prediction_type = "v_prediction"  # v of a `FlowSchedule`
 
     def __init__(
@@ -55,52 +52,25 @@ class SD3Parts(LatentTexts):
         self.latent_shape, self.image_size = latent_sizes(transformer, vae, "transformer")
         self.schedule = flow_from_diffusers(scheduler)
 
-    @property
-    def networks(self) -> tuple[nn.Module, ...]:
-        encoders = [encoder for _, encoder in self.text.clips]
-        third = [] if self.text.t5 is None else [self.text.t5[1]]
-        return self.transformer, self.vae, *encoders, *third
-
     def velocity(
         self, x_t: Float[Tensor, "b ..."], t: Tensor, tokens: Float[Tensor, "b m d"]
     ) -> Float[Tensor, "b ..."]:
         "eps - x_0 of x_t, without guidance, in the precision of `x_t`."
-        states, pooled = unpack_text(tokens, self.transformer.config.pooled_projection_dim)
-        dtype = self.transformer.dtype
-        out = self.transformer(
+        return self.raw_output(self.transformer, x_t, t, tokens)
+
+    def raw_output(
+        self, transformer: SD3Transformer2DModel, x_t: Tensor, t: Tensor, tokens: Tensor
+    ) -> Tensor:
+        "The velocity by another transformer of this kind, e.g. a fine-tuned one."
+        states, pooled = unpack_text(tokens, transformer.config.pooled_projection_dim)
+        dtype = transformer.dtype
+        out = transformer(
             hidden_states=x_t.to(dtype),
             encoder_hidden_states=states.to(dtype),
             pooled_projections=pooled.to(dtype),
-            timestep=self.schedule.steps * self.schedule.sigma(t).flatten(),
+            timestep=self.schedule.times(t),
         ).sample
         return out.to(x_t.dtype, copy=self.settings.graphs)
-
-# %% ../../nbs/30_prior/98_stable_diffusion_3.ipynb #06dfaa04
-@torch.no_grad()
-def _try_out(parts: SD3Parts, name: str) -> None:
-    "Raises `RunError` where a network fails, or gives values that are not finite."
-    patch, (channels, side, _) = parts.transformer.config.patch_size, parts.latent_shape
-    small = min(side, max(8, side // 4)) // patch * patch
-    x = torch.randn(1, channels, small, small, generator=torch.Generator().manual_seed(0))
-    x, t = x.to(parts.schedule.levels.device), torch.tensor([parts.schedule.steps - 1])
-
-    def run(part: str, network: Any, call: Callable[[], Tensor]) -> Tensor:
-        config = network if isinstance(network, ModelMixin) else network.config
-        file = Path(name, part, "config.json")
-        with loading(file, type(network), json.loads(config.to_json_string())):
-            value = call()
-        if not value.isfinite().all():
-            raise RunError(
-                f"{shown_path(file.parent)}: its output is not finite in {network.dtype}: give "
-                "--prior-settings.dtype float32, or copy or download the model again"
-            )
-        return value
-
-    tokens = run("text_encoder", parts.text.encoder, lambda: parts.text([""]).tokens.float())
-    parts.text.known.clear()  # the cache is left as it was
-    rgb = run("vae", parts.vae, lambda: latent_images(parts.vae, x))
-    run("vae", parts.vae, lambda: image_latents(parts.vae, rgb, rgb.shape[-1]))
-    run("transformer", parts.transformer, lambda: parts.velocity(x, t.to(x.device), tokens))
 
 # %% ../../nbs/30_prior/98_stable_diffusion_3.ipynb #3a756345
 @seeded(0)  # libraries draw weights before they load them
@@ -109,7 +79,7 @@ def _open_sd3(folder: Path, variant: str | None, strict: bool) -> tuple[Any, ...
     classes = sd3_index(folder)
     encoders = tuple(part for part in classes if part.startswith("text_encoder"))
     check_variant(folder, variant, ("transformer", "vae", *encoders))
-    scheduler = load_flow_scheduler(folder / "scheduler", classes["scheduler"])
+    scheduler = load_scheduler(folder / "scheduler", classes["scheduler"])
     clips = [
         (
             load_tokenizer(folder / f"tokenizer{end}"),
@@ -142,18 +112,13 @@ class StableDiffusion3Prior(SD3Parts):
         strict: bool = False,  # true: refuse prompts beyond the window; false: cut them
     ) -> Self:
         "Raises `UsageError` for other models, `RunError` for damaged files."
-        dtype, name = settings.dtype_on(device), shown_path(path_or_id)
+        name = shown_path(path_or_id)
+        settings.dtype_on(device)  # before any file is read
         if settings.lora is not None:
             raise UsageError(f"{name}: a LoRA is read for Stable Diffusion 1 and 2: leave lora out")
         folder = local_pipeline(pipeline_source(path_or_id), settings.variant)
-        try:
-            prior = cls(*_open_sd3(folder, settings.variant, strict), settings).to(device, dtype)
-        except UsageError as error:
-            at = "" if name in str(error) else f"{name}: "
-            raise UsageError(f"{at}{error}") from None
-        _try_out(prior, str(path_or_id))
-        apply_execution(prior.transformer, prior.vae, settings)
-        return prior
+        parts = lambda: _open_sd3(folder, settings.variant, strict)
+        return ready_prior(cls, parts, path_or_id, settings, device)
 
     def predict_noise(
         self, x_t: Tensor, t: Tensor, tokens: Tensor, camera: Tensor | None = None

@@ -10,7 +10,8 @@ __all__ = ['WORDS', 'WINDOW', 'SCALING', 'merged', 'byte_pairs', 'make_tokenizer
 from collections.abc import Sequence
 
 import torch
-from diffusers import AutoencoderTiny, DDIMScheduler, UNet2DConditionModel
+from diffusers import AutoencoderTiny, DDIMScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers import UNet2DConditionModel
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.functional import pixel_unshuffle
@@ -111,8 +112,10 @@ def make_unet(width: int = 96, channels: tuple[int, ...] = (64, 96, 160)) -> UNe
     )
 
 
-def make_scheduler() -> DDIMScheduler:
-    "The noise schedule of Stable Diffusion."
+def make_scheduler(flow: bool = False) -> DDIMScheduler | FlowMatchEulerDiscreteScheduler:
+    "The noise schedule of Stable Diffusion, or straight paths from image to noise."
+    if flow:
+        return FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000)
     return DDIMScheduler(
         num_train_timesteps=1000,
         beta_start=0.00085,
