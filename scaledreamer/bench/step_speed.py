@@ -48,7 +48,7 @@ class Steps:
 
     def __init__(self, run: Run):
         self.run = run
-        self.texts = run.prior.encode_text([prompt.text for prompt in run.train_prompts])
+        self.texts = run.texts
         run.optimizer = generator_optimizer(run.settings, run.generator)
 
     def __call__(self) -> LazyMetrics:

@@ -49,9 +49,12 @@ class TextTo3D(nn.Module):
 
     noise: int = 0  # how many standard normal numbers z training draws per prompt; 0: none
     lr_scale: float = 1.0  # factor on the learning rate of the settings
+    # whether it reads the states behind the end of a text, which stores of embeddings then keep
+    reads_padding: bool = False
 
     def standardise(self, texts: TextEmbedding) -> None:
-        "Called once before training with the texts of all training prompts; does nothing here."
+        """Called once before training with the texts of all training prompts, or with 512 of a
+        large corpus; does nothing here. What it sets belongs into buffers, which are saved."""
 
 # %% ../../nbs/60_generator/10_generator_base.ipynb #c08efc25
 Pooling = Literal["mean", "pooled"]

@@ -173,6 +173,7 @@ class Triplane(TextTo3D):
         super().__init__()
         self.settings = settings
         self.lr_scale = settings.lr_scale
+        self.reads_padding = settings.text == "tokens" and not settings.masked
         self.transformer = TriplaneTransformer(settings)
         self.shape_decoder, self.color_decoder = (
             MLPDecoder((3 * settings.channels, *settings.decoder, out)) for out in (1, 3)

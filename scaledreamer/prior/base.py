@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from ..core.async_metrics import to_device
 from ..core.settings import UsageError
 from .schedule import NoiseSchedule
 
@@ -42,7 +43,9 @@ class TextEmbedding:
         return len(self.tokens)
 
     def __getitem__(self, index: slice | Sequence[int] | Tensor) -> Self:
-        "Rows, as many as `index` names."
+        "Rows, as many as `index` names; a tensor may be on another device."
+        if isinstance(index, Tensor):
+            index = to_device(index, self.tokens.device)
         return self._each(lambda x: x[index])
 
     def to(self, *args, **kwargs) -> Self:

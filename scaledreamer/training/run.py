@@ -25,8 +25,11 @@ from ..distill.conditioning import make_conditioning, resolve_view_prompting
 from ..distill.vsd import EstimatorTrainer
 from ..field.scene import DensityScene, Scene
 from ..prior.base import Conditioning, Prior, TextEmbedding
+from ..prior.embedding_build import StoredTexts
 from .corpora import Prompt
 from .method_defaults import fit_views, resolve_settings
+from .run_texts import RunTexts, sample_texts, stored_texts
+from .run_texts import texts_in_memory
 from .train_settings import ESTIMATOR_METHODS, MakeGenerator, TrainSettings
 from .train_settings import build_generator
 from .train_settings import build_prior, check_generator_name, make_estimator
@@ -72,6 +75,15 @@ class Run:
         "The prompts to train on."
         return [prompt for prompt in self.prompts if prompt.split == "train"]
 
+    @cached_property
+    def texts(self) -> RunTexts:
+        "Embeddings of the prompts to train on, by row: in memory, or read from a store."
+        texts = [prompt.text for prompt in self.train_prompts]
+        found = texts_in_memory(self.settings, self.prior, texts)
+        if found is None:
+            return stored_texts(self.settings, self.prior, texts, self.generator)
+        return found
+
     def scene(self, texts: list[str] | TextEmbedding) -> Scene | DensityScene:
         "The scenes of any texts, as one batch, by the generator in evaluation mode."
         if not isinstance(texts, TextEmbedding):
@@ -109,9 +121,13 @@ def check_names(settings: TrainSettings, make_generator: MakeGenerator | None = 
     best_device(settings.device)
 
 # %% ../../nbs/70_training/35_run.ipynb #d5dfb431
-def longest_prompts(prompts: list[str], texts: TextEmbedding, most: int = 64) -> list[str]:
+def longest_prompts(
+    prompts: list[str], texts: RunTexts, most: int = 64
+) -> list[str]:
     "The prompts with the most tokens, or characters if the prior counts no tokens."
-    if texts.mask is None:
+    if isinstance(texts, StoredTexts):
+        sizes = torch.from_numpy(texts.words)
+    elif texts.mask is None:
         sizes = torch.tensor([len(prompt) for prompt in prompts])
     else:
         sizes = texts.mask.sum(1)
@@ -119,15 +135,23 @@ def longest_prompts(prompts: list[str], texts: TextEmbedding, most: int = 64) ->
 
 
 def check_prompt_lengths(
-    prior: Prior, prompts: list[str], texts: TextEmbedding, settings: TrainSettings
+    prior: Prior,
+    prompts: list[str],
+    texts: RunTexts,
+    settings: TrainSettings,
 ) -> None:
     "Raises `UsageError` for prompts that, with their view, are too long for the prior."
     longest = longest_prompts(prompts, texts)
     step_conditioning(prior, longest, orbit(1, prompts=len(longest)), settings)
 
 
-def same_prompts(prompts: list[str], texts: TextEmbedding) -> list[list[str]]:
+def same_prompts(prompts: list[str], texts: RunTexts) -> list[list[str]]:
     "The groups of prompts whose embeddings are identical, so that they can only be one object."
+    if isinstance(texts, StoredTexts):
+        stored: dict[int, list[str]] = {}
+        for prompt, number in zip(prompts, texts.same.tolist()):
+            stored.setdefault(number, []).append(prompt)
+        return [group for group in stored.values() if len(group) > 1]
     groups: list[tuple[int, list[str]]] = []
     places: dict[bytes, list[tuple[int, list[str]]]] = {}
     for i, (prompt, pooled) in enumerate(zip(prompts, texts.pooled.float().cpu())):
@@ -142,7 +166,7 @@ def same_prompts(prompts: list[str], texts: TextEmbedding) -> list[list[str]]:
     return [group for _, group in groups if len(group) > 1]
 
 
-def warn_of_same_prompts(prompts: list[str], texts: TextEmbedding) -> None:
+def warn_of_same_prompts(prompts: list[str], texts: RunTexts) -> None:
     "A warning that names the prompts that the prior reads as one."
     if groups := same_prompts(prompts, texts):
         shown = "; ".join(" = ".join(map(repr, group[:4])) for group in groups[:8])
@@ -169,13 +193,20 @@ def build(
     check_names(settings, make_generator)
     prior = prior or build_prior(settings, prompts, strict=not trained)
     train_prompts = [prompt.text for prompt in prompts if prompt.split == "train"]
-    texts = prior.encode_text(train_prompts)
+    texts = texts_in_memory(settings, prior, train_prompts)
+    one = prior.encode_text(train_prompts[:1]) if texts is None else texts
     if not trained:
         settings = resolve_settings(fit_views(settings, prior), prior, train_prompts)
         resolve_view_prompting(prior, settings.distill.view_prompting)  # refuses unknown tokens
+    generator = build_generator(settings, one.tokens.shape[-1], make_generator)
+    if not trained:
+        if texts is None:
+            texts = stored_texts(settings, prior, train_prompts, generator)
         check_prompt_lengths(prior, train_prompts, texts, settings)
         warn_of_same_prompts(train_prompts, texts)
-    generator = build_generator(settings, texts.tokens.shape[-1], make_generator)
-    generator.standardise(texts)
     estimator = make_estimator(settings, prior)
-    return Run(folder, settings, prompts, prior, generator, estimator=estimator)
+    run = Run(folder, settings, prompts, prior, generator, estimator=estimator)
+    if texts is not None:  # otherwise what is standardised is read from a checkpoint
+        run.texts = texts
+        generator.standardise(sample_texts(texts))
+    return run

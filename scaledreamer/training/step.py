@@ -21,9 +21,10 @@ from ..distill.gradient import prescribed_gradient_loss
 from ..distill.methods import Method, ScoreGradient
 from ..distill.shift import ShiftSchedule
 from ..distill.timesteps import sample_timesteps
-from ..prior.base import Conditioning, Prior, TextEmbedding
+from ..prior.base import Conditioning, Prior
 from ..rendering.render_settings import is_density_scene
 from .run import Run, step_conditioning
+from .run_texts import RunTexts
 from .step_batch import Batch, render_part, sample_batch
 from .step_update import add_gradients, gradient_norm, merge_parts
 from .step_update import regularisers, update_weights
@@ -179,7 +180,7 @@ class StepPart:
 
 def distill_part(
     run: Run,
-    texts: TextEmbedding,
+    texts: RunTexts,
     batch: Batch,  # the part
     part: int,  # its number, of all parts of all processes
     rng: torch.Generator,  # of the step, after the draws of its batch
@@ -206,7 +207,7 @@ def distill_part(
 
 # %% ../../nbs/70_training/40_step.ipynb #f0214ca3
 def step_parts(
-    run: Run, texts: TextEmbedding, batch: Batch, rng: torch.Generator
+    run: Run, texts: RunTexts, batch: Batch, rng: torch.Generator
 ) -> list[StepPart]:
     "The parts of a step that this process computes; the gradients of all processes are added up."
     count, parts = run.settings.optim.accumulate, []
@@ -221,7 +222,7 @@ def step_parts(
     return parts
 
 
-def training_step(run: Run, texts: TextEmbedding) -> LazyMetrics:
+def training_step(run: Run, texts: RunTexts) -> LazyMetrics:
     """One optimiser step of a run, with the embeddings of all its training prompts (Alg. 1).
 
     Returns what is logged. A loss or gradient that is not finite changes no weight; one too many

@@ -25,6 +25,7 @@ from ..rendering.volume import Rendering, render
 from .corpora import Prompt
 from .prompt_order import step_prompts
 from .run import Run
+from .run_texts import RunTexts
 from .train_settings import TrainSettings
 
 # %% ../../nbs/70_training/38_step_batch.ipynb #584182da
@@ -88,11 +89,11 @@ def make_scenes(
 
 # %% ../../nbs/70_training/38_step_batch.ipynb #d52baed2
 def render_part(
-    run: Run, texts: TextEmbedding, batch: Batch
+    run: Run, texts: RunTexts, batch: Batch
 ) -> tuple[Scene | DensityScene, Rendering]:
     "The scenes of a batch, or of a part of it, and their renders by the present weights."
-    rows = to_device(batch.rows, texts.tokens.device)
-    scenes, behind = make_scenes(run.generator, texts[rows], batch.z), batch.background
+    scenes = make_scenes(run.generator, texts[batch.rows], batch.z)
+    behind = batch.background
     if run.settings.background.probability < 1:
         own = batch.rays.image(scenes.background(batch.rays.flat()[1]))
         behind = torch.where(batch.replaced, behind, own)
@@ -100,7 +101,7 @@ def render_part(
 
 
 def render_batch(
-    run: Run, texts: TextEmbedding, step: int, rng: torch.Generator
+    run: Run, texts: RunTexts, step: int, rng: torch.Generator
 ) -> tuple[Batch, Scene | DensityScene, Rendering]:
     """The batch of a step, its scenes and their renders, by the present weights.
 

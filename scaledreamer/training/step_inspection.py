@@ -231,8 +231,7 @@ def inspect_step(
     steps, recorded = recorded_renders(run, step)
     run, rng = copy(run), step_rng(run.settings.seed, step)
     run.settings = settings = replace(run.settings, steps=steps)
-    texts = run.prior.encode_text([prompt.text for prompt in run.train_prompts])
-    batch, _, _ = render_batch(run, texts, step, rng)  # draws what the step drew
+    batch, _, _ = render_batch(run, run.texts, step, rng)  # draws what the step drew
     render = recorded if renders is None else renders
     latents = run.prior.encode_image(render.to(settings.device))
     query = query_prior(run, batch, latents, step, rng)

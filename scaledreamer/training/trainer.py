@@ -107,7 +107,7 @@ def train_steps(
 ) -> Iterator[int]:
     "The remaining steps, with metrics, pictures and checkpoints; yields the number of steps done."
     settings, main = run.settings, run.world.main
-    texts = run.prior.encode_text([prompt.text for prompt in run.train_prompts])
+    texts = run.texts
     steps, method = settings.steps, settings.method
     with progress_bar(total=steps, initial=run.step, desc=method, show=show and main) as bar:
         while run.step < settings.steps:
