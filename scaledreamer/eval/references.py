@@ -39,21 +39,22 @@ def intervals(rows: Sequence[dict[str, Any]]) -> dict[str, list[float]]:
 # %% ../../nbs/75_eval/29_references.ipynb #48e55e63
 def reference_metrics(
     found: Sequence[Capture],
-    truths: Sequence[Capture | None],
+    truths: Sequence[Capture | None],  # exact
+    rendered: Sequence[Capture | None],  # the truths as the renderer shows them
     texts: Sequence[str],
     encode: Callable[[Float[Tensor, "v 3 h w"]], Float[Tensor, "v d"]] | None,  # None: no CLIP
 ) -> list[dict[str, dict[str, Any]]]:
     "For every prompt, the metrics of the `prediction`, the `truth` and by `chance`, with features."
     if encode:
-        found = [replace(x, features=encode(x.rgb).cpu()) for x in found]
-        truths = [x and replace(x, features=encode(x.rgb).cpu()) for x in truths]
+        with_features = lambda x: x and replace(x, features=encode(x.rgb).cpu())
+        found, truths, rendered = (list(map(with_features, x)) for x in (found, truths, rendered))
     rows = []
     for i, (one, true, text) in enumerate(zip(found, truths, texts)):
         row = {name: dict.fromkeys(VIEW_METRICS) for name in ("prediction", "truth", "chance")}
         others = [x for x in (*truths[i + 1 :], *truths[:i]) if x is not None]
         if true is not None:
             row["prediction"] = view_metrics(one, true, text)
-            row["truth"] = view_metrics(true, true, text)
+            row["truth"] = view_metrics(rendered[i], true, text)
             row["chance"] = view_metrics(others[0], true, text) if others else row["chance"]
         rows.append(row | {"features": (one.features, true and true.features)})
     return rows

@@ -6,6 +6,7 @@
 __all__ = ['FRONT_VIEWS', 'CELL', 'ELEVATION_METRICS', 'VIEW_METRICS', 'Capture', 'capture_truth', 'view_metrics']
 
 # %% ../../nbs/75_eval/28_view_metrics.ipynb #7e397b78
+import math
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +17,7 @@ from ..camera.poses import orbit
 from .fronts import FRONT_METRICS, front_metrics, without_front
 from .image_measures import VIEW_ELEVATIONS, colour_error, f_score, is_lost
 from .image_measures import measured_views, psnr, ssim
-from .truth import field_grid, iou, silhouette_iou, surface_points
+from .truth import chamfer, field_grid, iou, silhouette_iou, surface_points
 from ..toybox.objects import ToyObject
 from ..toybox.renders import render_object
 
@@ -34,6 +35,13 @@ class Capture:
     around: Float[Tensor, "24 3 h w"] | None  # evenly spaced, elevation 15; None: without a front
     grid: Float[Tensor, "r r r"]  # field whose zero level is the picture's outline
     features: Float[Tensor, "v d"] | None = None  # of CLIP; None: no CLIP model
+
+    @property
+    def ring(self) -> slice:
+        "The views at an elevation of 15 degrees, from azimuth 0 on."
+        each = len(self.rgb) // len(VIEW_ELEVATIONS)
+        first = VIEW_ELEVATIONS.index(15) * each
+        return slice(first, first + each)
 
 
 def capture_truth(obj: ToyObject, size: int, resolution: int, half: float) -> Capture:
@@ -57,6 +65,7 @@ VIEW_METRICS = (
     "clip_distance",
     "volume_iou_picture",
     "f_score",
+    "chamfer_picture",
     *FRONT_METRICS,
     *ELEVATION_METRICS,
 )
@@ -69,7 +78,8 @@ def view_metrics(found: Capture, true: Capture, text: str) -> dict[str, float | 
     if found.features is not None and true.features is not None:
         distance = float(1 - (found.features * true.features).sum(-1).mean())
     half = len(true.grid) / 2 * CELL
-    surfaces = (surface_points(x.grid, half) for x in (found, true))
+    surfaces = [surface_points(x.grid, half) for x in (found, true)]
+    between = chamfer(*surfaces)
     fronts = dict.fromkeys(FRONT_METRICS)
     if found.around is not None and true.around is not None:
         fronts = front_metrics(found.around, text)
@@ -82,6 +92,7 @@ def view_metrics(found: Capture, true: Capture, text: str) -> dict[str, float | 
         "clip_distance": distance,
         "volume_iou_picture": float(iou(found.grid.flatten() < 0, true.grid.flatten() < 0)),
         "f_score": f_score(*surfaces),
+        "chamfer_picture": None if math.isnan(between) else between,
         **fronts,
         **dict(zip(ELEVATION_METRICS, outlines.mean(1).tolist())),
     }
