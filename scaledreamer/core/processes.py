@@ -148,15 +148,15 @@ class Processes(Messages):
 
         state = Accelerator(cpu=device.partition(":")[0] == "cpu").state
         super().__init__(state.process_index, state.num_processes)
-        self.device = str(state.device)
+        self.device = "cpu" if state.device.type == "cpu" else str(state.device)
         if state.device.type == "cpu" and not device.startswith("cpu"):
             raise UsageError(f"device is {device}, and the launcher starts processes on the CPU")
 
     def gather(self, rows: Tensor) -> Tensor:
-        every = rows.new_empty(self.size * len(rows), *rows.shape[1:])
+        every = [torch.empty_like(rows) for _ in range(self.size)]
         with self._peers():
-            self._distributed.all_gather_into_tensor(every, rows.contiguous())
-        return every
+            self._distributed.all_gather(every, rows.contiguous())
+        return torch.cat(every)
 
     def add_gradients(self, weights: Iterable[nn.Parameter]) -> None:
         trained = [weight for weight in weights if weight.requires_grad]

@@ -22,7 +22,7 @@ from .prompt_order import step_prompts
 from .run import Run, step_conditioning
 from .step import distill, sample_noise, step_cameras
 from .step_batch import make_scenes
-from .train_settings import ESTIMATOR_METHODS, TrainSettings, method_of
+from .train_settings import TrainSettings, method_of
 
 # %% ../../nbs/70_training/42_memory_estimate.ipynb #7ebf277a
 def _renders(run: Run, prompts: int) -> int:
@@ -99,7 +99,7 @@ def what_to_lower(settings: TrainSettings, chunks: bool = True) -> str:
     )
     lower = f"{rays} " + ", ".join(f"--{name} ({value})" for name, value in options.items())
     more = []
-    if prompts_at_once(settings) > 1 and settings.method not in ESTIMATOR_METHODS:
+    if prompts_at_once(settings) > 1:
         more.append(f"--optim.accumulate {prompts}")
     if (
         settings.prior not in ("tiny-sd", "tiny-mv", "mixture")

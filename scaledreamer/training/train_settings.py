@@ -51,8 +51,7 @@ TOYBOX_RENDER = RenderSettings(beta=1 / 60, bounding_radius=0.7, eikonal_samples
 class TrainSettings:
     "Everything that decides what a training run does."
 
-    # 2D diffusion model: tiny-sd, tiny-mv, which sees four views at once, mixture, or the folder,
-    # file or hub id of a Stable Diffusion or MVDream
+    # tiny-sd, tiny-mv, mixture, or the folder, file or hub id of a Stable Diffusion or MVDream
     prior: str = "tiny-sd"
     # toybox-15, toybox-800, toybox-100k, toybox-unseen; MG15, DF415, AT2520, DL17k, CP100k of the
     # paper; or a file such as prompts.txt
@@ -60,11 +59,9 @@ class TrainSettings:
     corpus_settings: Annotated[CorpusSettings, tyro.conf.arg(name="")] = CorpusSettings()
     # prompts themselves, in place of a corpus: --prompt "a red car" "a blue house"
     prompt: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
-    # text-to-3D network: hyper-ingp, conv3d, triplane or ingp, their -paper sizes, conv3d-paper-2
-    # or ingp-density
+    # hyper-ingp, conv3d, triplane or ingp, their -paper sizes, conv3d-paper-2 or ingp-density
     generator: str = "hyper-ingp"
-    # distillation: sds, csd, vsd, asd, nfsd, bridge, sdi, ism, esd, rfds or pfd
-    method: str = "asd"
+    method: str = "asd"  # sds, csd, vsd, asd, nfsd, bridge, sdi, ism, esd, rfds or pfd
     steps: int = 3000  # number of optimiser steps, from 1 to 10^8
     seed: int = 0  # seed of every random number of the run, from 0 to 2^32 - 1
     prompts_per_step: int = 4  # number of prompts in the batch of a step, from 1 to 4096
@@ -88,8 +85,7 @@ class TrainSettings:
     cameras: FramedCameras | SingleCameras | RigCameras = FramedCameras()  # of the training renders
     background: BackgroundAugmentation = BackgroundAugmentation()  # behind the training renders
     render: RenderSettings = field(default_factory=lambda: TOYBOX_RENDER)  # volume rendering
-    # shapes of imported weights, in place of the generator's own
-    released: Annotated[ReleasedSettings | None, tyro.conf.Suppress] = None
+    released: Annotated[ReleasedSettings | None, tyro.conf.Suppress] = None  # of imported weights
 
     def __post_init__(self) -> None:
         _check_settings(self)
@@ -108,11 +104,6 @@ def _check_settings(settings: TrainSettings) -> None:
     if prompts % parts:
         raise UsageError(
             f"optim.accumulate is {parts}: expected a divisor of the {prompts} prompts of a step"
-        )
-    if parts > 1 and settings.method in ESTIMATOR_METHODS:
-        raise UsageError(
-            f"optim.accumulate is {parts}: expected 1 for {settings.method}, whose estimator is "
-            "trained on all renders of a step together"
         )
     rays, at_once = settings.render.train_rays_per_chunk, prompts // parts
     if rays is not None and rays < at_once:

@@ -1,0 +1,116 @@
+"""Two processes train as one does: same rows, gradients, metrics, files, ends."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import processes
+from scaledreamer.core.processes import ALONE
+from scaledreamer.training.run_logs import read_rows
+
+CASES = list(processes.CASES)
+LAUNCH = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    "The folder in which two processes did everything."
+    folder = tmp_path_factory.mktemp("two")
+    command = [sys.executable, *LAUNCH, processes.__file__, str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout == ""
+    return folder
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory):
+    "The folder in which one process trains, and its runs."
+    folder = tmp_path_factory.mktemp("one")
+    return folder, {case: processes.train(folder, case, ALONE) for case in CASES}
+
+
+@pytest.fixture
+def found(two):
+    "What each process found."
+    return [json.loads((two / f"found-{rank}.json").read_text()) for rank in range(2)]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_two_processes_are_one(one, two, case):
+    run = one[1][case]
+    rows = [read_rows(folder / case / "metrics.jsonl") for folder in (one[0], two)]
+    assert [row["step"] for row in rows[1]] == [*range(run.settings.steps)]
+    for one, other in zip(*rows):
+        assert other == pytest.approx(one, rel=2e-3, abs=1e-5)
+    for name, value in rows[0][0].items():  # before rounding errors grow
+        assert rows[1][0][name] == pytest.approx(value, rel=2e-4, abs=1e-6), name
+    ranks = [torch.load(two / f"{case}-{rank}.pt", weights_only=True) for rank in range(2)]
+    wanted = processes.gradients(run)
+    assert [g is None for g in wanted] == [g is None for g in ranks[0]]
+    first = run.settings.steps == 1
+    zero = 1e-7 * max(want.abs().max().item() for want in wanted if want is not None)
+    for want, a, b in zip(wanted, *ranks):
+        if want is not None:
+            assert torch.equal(a, b)  # the processes agree to the last bit
+            atol = (2e-5 if first else 1e-2) * want.abs().max().item() + zero
+            torch.testing.assert_close(a, want, rtol=0, atol=atol)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_only_the_main_process_writes(one, two, case):
+    files = [
+        sorted(str(path.relative_to(folder / case)) for path in (folder / case).rglob("*"))
+        for folder in (one[0], two)
+    ]
+    assert files[0] == files[1]
+    assert len(read_rows(two / case / "sessions.jsonl")) == 1
+    renders = [read_rows(folder / case / "renders.jsonl") for folder in (one[0], two)]
+    assert len(renders[0][0]["png"]) == pytest.approx(len(renders[1][0]["png"]), rel=0.1)
+
+
+def test_an_error_of_one_process_ends_all_with_its_words(found):
+    for rank in range(2):
+        assert (
+            "the memory is exhausted (3.00 GiB more were needed at once)" in found[rank]["broken"]
+        )
+
+
+def test_prompts_that_cannot_be_shared_out_are_refused(found):
+    wanted = "prompts_per_step is 3: expected a multiple of 2, which is 2 processes times"
+    assert all(each["refused"].startswith(wanted) for each in found)
+
+
+def test_a_gradient_that_is_infinite_in_one_process_ends_all(found):
+    assert found[0]["not_finite"] == found[1]["not_finite"]
+    assert "the gradient is not finite" in found[0]["not_finite"]
+
+
+def test_all_stop_after_the_same_step_and_go_on(found):
+    assert found[0]["stopped"] == found[1]["stopped"] == [2, 3]
+
+
+def test_a_signal_at_one_process_interrupts_all_after_a_checkpoint(found):
+    assert found[0]["interrupted"] == found[1]["interrupted"] == [1]
+
+
+def test_accelerate_launches_the_command(tmp_path):
+    accelerate = Path(sys.executable).with_name("accelerate")
+    if not accelerate.exists():
+        accelerate = shutil.which("accelerate")
+    command = [str(accelerate), "launch", "--multi_gpu", "--num_processes", "2"]
+    command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+    command += ["-m", "scaledreamer", "train", "--prior", "mixture", "--prompt", *processes.TEXTS]
+    command += ["--steps", "2", "--resolution", "12", "--eval-views", "1", "--out", "run"]
+    options = {"capture_output": True, "text": True, "env": ENVIRONMENT, "cwd": tmp_path}
+    done = subprocess.run(command, **options, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("run: run\n") == done.stdout.count("Sim ") == 1
+    assert done.stderr.count("asd: 2 of 2") == 1
