@@ -24,6 +24,7 @@ from .checkpoints import checkpoint_steps
 from .corpora import Prompt, read_manifest, write_manifest
 from .run import Run
 from .run_logs import append_row
+from .run_texts import fit_memory
 from .step_renders import RENDERS_FILE
 from .stored_texts import TEXTS_FILE, store_texts
 from .train_settings import TrainSettings, read_settings
@@ -144,6 +145,7 @@ def _differences(before: TrainSettings, now: TrainSettings, built: bool) -> list
     for key in old | new:
         a, b = old.get(key), new.get(key)
         same = _same_place(a, b) if key in ("prior", "prior_settings.lora") else a == b
+        same |= key == "embeddings" and None not in (a, b)  # another folder, the same values
         text = key in ("distill.nfsd_negative_prompt", "distill.bridge_source_prompt")
         default = b in (None, "auto") and key.startswith("distill.") and (text or not built)
         default |= not built and key in _ONE_VIEW and b == _ONE_VIEW[key]
@@ -230,7 +232,8 @@ def start_folder(run: Run) -> None:
     write_run_settings(folder, settings)
     write_manifest(folder / "prompts.jsonl", run.prompts)
     texts = [prompt.text for prompt in run.train_prompts]
-    store_texts(folder, texts, run.prior.encode_text)
+    if fit_memory(run.prior, texts):
+        store_texts(folder, texts, run.texts)
 
 # %% ../../nbs/70_training/45_run_folder.ipynb #5695673a
 def log_session(run: Run, first: int, started: float, **more: Any) -> None:
