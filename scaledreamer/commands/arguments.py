@@ -31,7 +31,7 @@ def change_values(argv: list[str], change: Callable[[str, str], str]) -> list[st
     return changed
 
 # %% ../../nbs/90_commands/39_arguments.ipynb #107c85ea
-PATH_TEXTS = ("prior", "corpus", "clip", "lora")  # options of type str that may name a file
+PATH_TEXTS = ("prior", "corpus", "clip", "lora", "embeddings")  # options of type str that may name a file
 
 
 def _field_types(cls: type) -> Iterator[tuple[str, Any]]:
