@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['COLORS', 'DETAILS', 'RADIUS', 'AXES', 'FURNITURE', 'PLAIN', 'DETAILED', 'HEAD', 'ROOF', 'HOUSE', 'CAR', 'SNOWMAN',
-           'WITH_A_FRONT', 'SHAPES', 'POINTED', 'Part', 'Placed', 'ToyObject', 'extent', 'normalising', 'legs',
-           'normalised', 'single', 'on_top']
+           'WITH_A_FRONT', 'SHAPES', 'Part', 'Placed', 'ToyObject', 'extent', 'normalising', 'legs', 'normalised',
+           'single']
 
 # %% ../../nbs/25_toybox/20_objects.ipynb #b08888fe
 from dataclasses import dataclass
@@ -251,20 +251,3 @@ def single(shape: str, color: str) -> ToyObject:
     return ToyObject(
         tuple(Placed(s.parts, color, s.scale, s.offset) for s in normalised(shape)[0].shapes)
     )
-
-# %% ../../nbs/25_toybox/20_objects.ipynb #9fe2df6f
-# shapes without a flat top, into which the upper shape sinks deeper
-POINTED = {"ball", "cone", "pyramid", "diamond", "tree", "head", "ring"}
-
-
-def on_top(upper: tuple[str, str], lower: tuple[str, str], shrink: float = 0.85) -> ToyObject:
-    "`upper` (shape, colour), scaled by `shrink`, on top of `lower` (shape, colour); normalised."
-    above, below = single(*upper), single(*lower)
-    points_above, points_below = normalised(upper[0])[1] * shrink, normalised(lower[0])[1]
-    overlap = 0.12 if lower[0] in POINTED else 0.03
-    rise = float(points_below[:, 2].amax() - points_above[:, 2].amin()) - overlap
-    lift = (0.0, 0.0, rise)
-    scale, offset = normalising(
-        torch.cat([points_above + points_above.new_tensor(lift), points_below])
-    )
-    return ToyObject(above.moved(shrink, lift).shapes + below.shapes).moved(scale, offset)
