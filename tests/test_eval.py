@@ -14,6 +14,8 @@ from scaledreamer.core.settings import RunError, UsageError
 from scaledreamer.core.tensors import make_rng, seed_everything
 from scaledreamer.eval import clip as clip_module
 from scaledreamer.eval.clip import ClipScorer, cosines, recall, recall_by_object, similarity
+from scaledreamer.eval.outlined_truth import OutlinedToyScene
+from scaledreamer.eval.picture_level import picture_level
 from scaledreamer.eval.report import TRUTH_METRICS, evaluate_scenes, summarise
 from scaledreamer.eval.truth import (
     ToyScene,
@@ -342,3 +344,39 @@ def test_images_that_are_not_finite(folder):
         )
     with pytest.raises(UsageError, match="0 prompts"):
         evaluate_scenes(scene_of, [], ClipScorer.load(folder))
+
+
+# several CLIP models, and the row of the truth
+
+
+def test_several_models_in_one_table(folder):
+    first, second = ClipScorer.load(), ClipScorer.load(folder)
+    options = {"views": 3, "size": 32, "gallery": {"toybox-800": ["a green ball"]}}
+    both = evaluate_scenes(scene_of, PROMPTS[:2], [first, second], **options)
+    alone = [evaluate_scenes(scene_of, PROMPTS[:2], scorer, **options) for scorer in (first, second)]
+    assert both["clip_models"] == ["tiny-clip", "untrained"] and both["clip_model"] == "tiny-clip"
+    plain = lambda row: {k: v for k, v in row.items() if "(untrained)" not in k}
+    for i in range(2):
+        assert plain(both["per_prompt"][i]) == alone[0]["per_prompt"][i]
+    for part in ("truth", "chance"):
+        assert plain(both[part]) == alone[0][part]
+    for key in ("sim", "r_at_1", "r_at_1_object", "r_at_1_toybox_800"):
+        assert both[f"{key} (untrained)"] == alone[1][key]
+        assert both["truth"][f"{key} (untrained)"] == alone[1]["truth"][key]
+    assert both["intervals"]["sim (untrained)"] == alone[1]["intervals"]["sim"]
+    with pytest.raises(UsageError, match="two CLIP models are named tiny-clip"):
+        evaluate_scenes(scene_of, PROMPTS[:1], [first, ClipScorer.load()], views=1, size=8)
+
+
+def test_the_row_of_the_truth_is_what_its_own_field_scores(folder):
+    "A generator that learns the field of the truth's row gets its metrics."
+    level = picture_level(ToyScene([]), 1 / 30)
+    perfect = lambda texts: OutlinedToyScene(texts, level, radius=0.75)
+    prompts = [Prompt("0", "a red ball"), Prompt("1", "a pink head")]
+    result = evaluate_scenes(perfect, prompts, ClipScorer.load(folder), views=8, size=32)
+    for key, value in result["truth"].items():
+        assert result[key] == pytest.approx(value, abs=2e-3), key
+    assert result["truth"]["volume_iou_picture"] == 1 and result["truth"]["fronts"] == 1
+    exact = evaluate_scenes(scene_of, prompts, None, views=8, size=32)
+    assert exact["truth"]["psnr"] > exact["psnr"] + 3  # distances are shown too large
+    assert exact["chamfer"] == 0 < exact["chamfer_picture"]

@@ -73,14 +73,16 @@ def check_mesh_options(options: "Export") -> None:
 # %% ../../nbs/90_commands/36_export.ipynb #e725c002
 def write_mesh_of(options: "Export", run: "Run", text: str) -> None:
     "Write the mesh of a text; on a page, beside the true one where that is known."
+    from scaledreamer.eval.picture_level import picture_level
     from scaledreamer.view.mesh import extract_mesh, save_mesh
     from scaledreamer.view.mesh_page import beside_truth, save_mesh_page
 
     scene, device = run.scene([text]), run.settings.device
+    outlined = picture_level(scene, run.settings.render.beta)
     mesh = extract_mesh(
         scene,
         resolution=options.resolution,
-        level=options.level,
+        level=outlined if options.level is None else options.level,
         largest_only=options.largest_only,
         device=device,
     )
@@ -114,7 +116,7 @@ class Export:
     # samples per side of the mesh's grid, or pixels per side of a turntable; from 8 to 4096
     resolution: int = 128
     # mesh: distance (world units) or density (per world unit) of the surface, from -1000 to 10^5;
-    # None: distance 0, density 5
+    # None: the distance that a picture outlines, density 5
     level: float | None = None
     largest_only: bool = False  # mesh: without all parts but the one with the most triangles
     # mesh as .glb: a UV texture of so many pixels per side, from 16 to 8192, which needs the

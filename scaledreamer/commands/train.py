@@ -35,13 +35,16 @@ class Train:
     # and checkpoints may be other than before. With more steps, the schedules (learning rate,
     # timesteps, loss weights) go on as those of a run of that length
     resume: bool = False
+    # folder of a run whose settings are the defaults of the other options, in place of a preset's
+    config: Path | None = None
     # preset whose settings are the defaults of the other options
     preset: Literal["toybox", "triplane", "paper", "paper-triplane", "paper-triplane-1gpu"] = (
         "toybox"
     )
-    # CLIP model of the evaluation: open_clip folder, NAME:PRETRAINED or tiny-clip; None: tiny-clip
-    # for a prior of Toybox, otherwise ViT-L-14:openai if it was downloaded before
-    clip: str | None = None
+    # CLIP model of the evaluation: open_clip folder, NAME:PRETRAINED or tiny-clip; several times:
+    # several models. None given: tiny-clip for a prior of Toybox, otherwise ViT-L-14:openai if it
+    # was downloaded before
+    clip: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     eval_views: int = 120  # views per prompt in the final evaluation, from 0 to 4096 (0: none)
 
     def __post_init__(self):
@@ -63,7 +66,7 @@ class Train:
 # %% ../../nbs/90_commands/34_train.ipynb #3862f265
 def train_and_evaluate(options: Train) -> str:
     "Train, print the metrics of the result, and return the line that names the run folder."
-    from scaledreamer.commands.evaluate import evaluate_run, named_scorer, scorer_for, summary
+    from scaledreamer.commands.evaluate import evaluate_run, named_scorers, scorers_for, summary
     from scaledreamer.core.processes import launched
     from scaledreamer.training.memory_estimate import memory_line
     from scaledreamer.training.method_defaults import describe_method
@@ -71,15 +74,15 @@ def train_and_evaluate(options: Train) -> str:
 
     settings, folder = options.settings, options.folder
     check_place(folder, "--out")
-    scorer, started = None, False
+    scorers, started = (), False
     if options.eval_views and options.clip:  # a wrong name is found before the prior is opened
-        scorer = named_scorer(options.clip, best_device(settings.device))
+        scorers = named_scorers(options.clip, best_device(settings.device))
 
     def starting(run):
-        nonlocal scorer, started
+        nonlocal scorers, started
         print(describe_method(run.settings))
         print(memory_line(run))
-        scorer, started = scorer_for(run, scorer) if options.eval_views else None, True
+        scorers, started = scorers_for(run, scorers) if options.eval_views else (), True
 
     if options.resume and not folder.exists():
         print(f"nothing to resume in {folder}: starting anew", file=sys.stderr)
@@ -96,8 +99,9 @@ def train_and_evaluate(options: Train) -> str:
         later = f"the training is done, evaluate it with: scaledreamer evaluate {folder} --views 30"
         with memory_errors(later):
             if options.eval_views:
-                scorer = scorer if started else scorer_for(run, scorer)  # a run that was done
-                print(summary(evaluate_run(run, scorer, options.eval_views)))
+                if not started:  # a run that was done
+                    scorers = scorers_for(run, scorers)
+                print(summary(evaluate_run(run, scorers, options.eval_views)))
     except KeyboardInterrupt:
         raise Stopped(
             f"stopped; the training is done, evaluate it with: scaledreamer evaluate {folder}"

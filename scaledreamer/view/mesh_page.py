@@ -111,6 +111,8 @@ def scene_meshes(
     text: str,  # its prompt
     resolution: int = 64,  # cells per side of the cube, 2 to 4096
     device: str | torch.device = "cpu",  # of the scene
+    level: float | None = None,  # distance or density of the learnt surface; None: 0 or 5
 ) -> dict[str, trimesh.Trimesh]:
     "`learnt`, and `truth` of a prompt of Toybox. Raises `RunError` for a scene without surface."
-    return beside_truth(text, extract_mesh(scene, resolution=resolution, device=device), resolution)
+    learnt = extract_mesh(scene, resolution=resolution, level=level, device=device)
+    return beside_truth(text, learnt, resolution)

@@ -17,6 +17,7 @@ from PIL import Image
 
 from ..core.figures import show_images
 from ..core.settings import UsageError
+from ..eval.picture_level import picture_level
 from ..training.job_controls import JobControls
 from ..training.run import Run
 from ..view.mesh_packing import pack_meshes, unpack_mesh
@@ -101,7 +102,9 @@ def show_mesh(
     "The mesh of a text to turn, beside the truth. Raises `RunError` for a scene without surface."
 
     def meshes(run: Run) -> dict[str, trimesh.Trimesh]:
-        return scene_meshes(run.scene([text]), text, resolution, run.settings.device)
+        scene = run.scene([text])
+        level = picture_level(scene, run.settings.render.beta)
+        return scene_meshes(scene, text, resolution, run.settings.device, level)
 
     of_job = isinstance(run, JobControls)
     return MeshViewer(run.submit(meshes).result() if of_job else meshes(run), mode)
