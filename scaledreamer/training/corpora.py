@@ -57,6 +57,9 @@ class CorpusSettings:
     corpus_folder: Path | None = None
     # of the prompts that differ only in case, punctuation or spaces, use the first
     drop_near_duplicates: bool = False
+    # cut the prompts that are too long for the prior, with a warning, in place of refusing them;
+    # characters that it does not know are lost, also with a warning
+    cut_prompts: bool = False
 
 # %% ../../nbs/70_training/10_corpora.ipynb #59cfa15d
 def _file_texts(path: Path, column: str | None, drop_near: bool) -> list[tuple[str, str]]:

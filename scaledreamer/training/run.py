@@ -191,7 +191,8 @@ def build(
     Raises `UsageError` for names and prompts that cannot be used, and warns of prompts that the
     prior reads as one."""
     check_names(settings, make_generator)
-    prior = prior or build_prior(settings, prompts, strict=not trained)
+    strict = not (trained or settings.corpus_settings.cut_prompts)
+    prior = prior or build_prior(settings, prompts, strict)
     train_prompts = [prompt.text for prompt in prompts if prompt.split == "train"]
     texts = texts_in_memory(settings, prior, train_prompts)
     one = prior.encode_text(train_prompts[:1]) if texts is None else texts
