@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['PATH_TEXTS', 'change_values', 'path_options', 'expand_home', 'repeat_option', 'take_flag', 'check_text',
-           'translate_renamed']
+           'translate_renamed', 'origin_of', 'prepare_train']
 
 # %% ../../nbs/90_commands/39_arguments.ipynb #9dd98c75
+import argparse
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import fields, is_dataclass
+from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
@@ -31,7 +32,13 @@ def change_values(argv: list[str], change: Callable[[str, str], str]) -> list[st
     return changed
 
 # %% ../../nbs/90_commands/39_arguments.ipynb #107c85ea
-PATH_TEXTS = ("prior", "corpus", "clip", "lora", "embeddings")  # options of type str that may name a file
+PATH_TEXTS = (
+    "prior",
+    "corpus",
+    "clip",
+    "lora",
+    "embeddings",
+)  # options of type str that may name a file
 
 
 def _field_types(cls: type) -> Iterator[tuple[str, Any]]:
@@ -128,3 +135,46 @@ def translate_renamed(
             renamed.append(spelled.get((dashed(option), argument), argument))
             option = ""
     return renamed
+
+# %% ../../nbs/90_commands/39_arguments.ipynb #39c00002
+def origin_of(argv: list[str]) -> tuple[str, str | None]:
+    "The values of --preset and --config. Raises UsageError where one is missing."
+    from scaledreamer.training.presets import PRESETS
+
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("--preset", default="toybox")
+    parser.add_argument("--config")
+    try:
+        found = parser.parse_known_args(argv)[0]
+        return found.preset, found.config
+    except argparse.ArgumentError as error:
+        values = {"preset": f"one of {', '.join(PRESETS)}", "config": "the folder of a run"}
+        name = (error.argument_name or "--preset").removeprefix("--")
+        raise UsageError(f"--{name} has no value: give {values[name]}") from None
+
+# %% ../../nbs/90_commands/39_arguments.ipynb #39c00004
+def prepare_train(argv: list[str], cls: type) -> tuple[list[str], Any]:
+    """Arguments of `train`, a `cls`, with present names, and its defaults, of a preset or a run.
+
+    Raises UsageError for both a corpus and prompts."""
+    from scaledreamer.training.presets import PRESETS
+    from scaledreamer.training.train_settings import RENAMED, RENAMED_VALUES
+
+    given = {argument.partition("=")[0] for argument in argv}
+    if {"--prompt", "--corpus"} <= given:
+        raise UsageError(
+            "--prompt and --corpus are both given: give one of them, or write all prompts into "
+            "one file"
+        )
+    preset, config = origin_of(argv)
+    if config is not None:
+        from scaledreamer.training.run_folder import read_run_settings
+
+        settings = read_run_settings(Path(config))
+        if given & {"--prompt", "--corpus"}:
+            settings = replace(settings, prompt=(), corpus=type(settings).corpus)
+        defaults = cls(settings=settings, config=Path(config))
+    else:
+        defaults = cls(settings=PRESETS[preset](), preset=preset) if preset in PRESETS else cls()
+    argv = repeat_option(translate_renamed(argv, RENAMED, RENAMED_VALUES), "--prompt")
+    return argv, defaults

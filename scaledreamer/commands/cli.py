@@ -4,11 +4,9 @@
 
 # %% auto #0
 __all__ = ['COMMANDS', 'QUIET', 'QUIET_DOES', 'MEMORY_OPTIONS', 'command_class', 'overview', 'package_version', 'Command',
-           'preset_of', 'prepare_train', 'parse', 'warnings_in_one_line', 'memory_remedy', 'without_progress',
-           'launched_rank', 'run_command']
+           'parse', 'warnings_in_one_line', 'memory_remedy', 'without_progress', 'launched_rank', 'run_command']
 
 # %% ../../nbs/90_commands/40_cli.ipynb #e3236d70
-import argparse
 import contextlib
 import io
 import os
@@ -21,8 +19,8 @@ from typing import Any, Protocol, runtime_checkable
 
 import tyro
 
-from .arguments import check_text, expand_home, repeat_option
-from .arguments import take_flag, translate_renamed
+from .arguments import check_text, expand_home, prepare_train
+from .arguments import take_flag
 from .sentences import error_sentence, option_sentence
 from ..core.files import obstacle
 from ..core.interrupts import interrupt_code
@@ -117,37 +115,6 @@ class Command(Protocol):
     def run(self) -> str:
         "Do the work; returns the line that names the result."
 
-
-def preset_of(argv: list[str]) -> str:
-    "The value of --preset. Raises UsageError where the value is missing."
-    from scaledreamer.training.presets import PRESETS
-
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    parser.add_argument("--preset", default="toybox")
-    try:
-        return parser.parse_known_args(argv)[0].preset
-    except argparse.ArgumentError:
-        raise UsageError(f"--preset has no value: give one of {', '.join(PRESETS)}") from None
-
-
-def prepare_train(argv: list[str]) -> tuple[list[str], Any]:
-    """Arguments of `train` with present names, and its defaults, which the preset decides.
-
-    Raises UsageError for both a corpus and prompts."""
-    from scaledreamer.training.presets import PRESETS
-    from scaledreamer.training.train_settings import RENAMED, RENAMED_VALUES
-
-    given = {argument.partition("=")[0] for argument in argv}
-    if {"--prompt", "--corpus"} <= given:
-        raise UsageError(
-            "--prompt and --corpus are both given: give one of them, or write all prompts into "
-            "one file"
-        )
-    cls, preset = command_class("train"), preset_of(argv)
-    defaults = cls(settings=PRESETS[preset](), preset=preset) if preset in PRESETS else cls()
-    argv = repeat_option(translate_renamed(argv, RENAMED, RENAMED_VALUES), "--prompt")
-    return argv, defaults
-
 # %% ../../nbs/90_commands/40_cli.ipynb #b571438f
 def parse(argv: list[str]) -> Command:
     "Arguments to a command. Raises UsageError for wrong ones; --help prints and exits."
@@ -160,7 +127,7 @@ def parse(argv: list[str]) -> Command:
         raise UsageError(f"no command {name!r}: give one of {', '.join(COMMANDS)}; see --help")
     given, default = expand_home(argv[1:], command_class(name)), None
     if name == "train":
-        given, default = prepare_train(given)
+        given, default = prepare_train(given, command_class(name))
     options = {} if default is None else {"default": default}
     errors = io.StringIO()
     try:
