@@ -22,6 +22,7 @@ OWN = {  # options of the commands themselves, not of settings that other module
         *("--eta", "--shift", "--prior", "--text", "--defects", "--description"),
     ),
     "experiment": ("[STR]", "--out", "--processes", "--quick", "--list"),
+    "embed": ("STR", "--prior", "--out", "--padded", "--device"),
     "make-prior": ("--out", "--clip-steps"),
     "lab": ("--folder", "--port", "--browser"),
     "bench": ("[STR]", "--json", "--device", "--quick", "--list"),

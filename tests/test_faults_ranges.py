@@ -29,6 +29,7 @@ NEEDED = {  # arguments without which a command does nothing
     "export": ["none", "--prompt", "0000", "--to", "a.glb"],
     "curve": ["--out", "a.json"],
     "toy": ["points", "--out", "none"],
+    "embed": ["toybox-15", "--out", "none"],
     "make-prior": ["--out", "none"],
     "import-weights": ["none.ckpt", "--out", "none"],
     "lab": ["--no-browser"],

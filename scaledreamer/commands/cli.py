@@ -57,6 +57,10 @@ COMMANDS = {  # name: module and class, and what it does
         "experiment.Experiment",
         "Run a named grid of trainings and collect the results of all in one table.",
     ),
+    "embed": (
+        "embed.Embed",
+        "Encode the prompts of a corpus into a store of text embeddings, or complete one.",
+    ),
     "make-prior": (
         "make_prior.MakePrior",
         "Train a tiny Stable Diffusion and a tiny CLIP on Toybox renders.",
