@@ -26,6 +26,7 @@ from scaledreamer.training.method_defaults import resolve_settings
 from scaledreamer.training.presets import paper
 from scaledreamer.training.prompt_order import step_prompts
 from scaledreamer.training.run import build
+from scaledreamer.training.save_settings import SaveSettings
 from scaledreamer.training.train_settings import TrainSettings, build_prior, read_settings
 from scaledreamer.training.trainer import open_run, run_training
 
@@ -103,7 +104,8 @@ def test_a_gradient_that_is_not_finite_costs_no_checkpoint(settings, tmp_path, m
     with pytest.raises(
         RunError, match="step 3: the gradient is not finite, t .+; the checkpoints are intact"
     ):
-        run_training(tmp_path / "run", settings, show=False)
+        strict = replace(settings, save=SaveSettings(max_skipped_steps=0))
+        run_training(tmp_path / "run", strict, show=False)
     monkeypatch.undo()
     assert checkpoint_steps(tmp_path / "run/checkpoints") == [2]
     assert run_training(tmp_path / "run", settings, resume=True, show=False).step == 4
@@ -134,7 +136,12 @@ def test_a_step_that_is_not_finite_is_reported_late_on_a_device(settings, tmp_pa
         ):
             run_training(
                 tmp_path / str(every),
-                replace(settings, log_every=every, checkpoint_every=4),
+                replace(
+                    settings,
+                    log_every=every,
+                    checkpoint_every=4,
+                    save=SaveSettings(max_skipped_steps=0),
+                ),
                 on_step=lambda step, metrics: weights.append(
                     runs[-1].generator.encoder.table.detach().clone()
                 ),

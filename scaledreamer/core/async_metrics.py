@@ -90,7 +90,7 @@ class FiniteMonitor(FiniteRecord):
         if self.skipped > self.most:
             numbers = {name: float(value) for name, value in seen.items()}
             shown = "".join(f", {name} {value:.4g}" for name, value in numbers.items())
-            before = f"; {self.most} steps were skipped before it" if self.most else ""
+            before = f"; steps skipped before it: {self.most}" if self.most else ""
             message = f"step {step}: {bad} is not finite{shown}{before}; {self.remedy}"
             raise Diverged(message, step, bad, numbers)
         if self.skipped & (self.skipped - 1) == 0:  # the 1st, 2nd, 4th, 8th, ...

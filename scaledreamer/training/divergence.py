@@ -7,6 +7,7 @@ __all__ = ['CROSS', 'divergence_row', 'run_diverged', 'read_divergence', 'diverg
            'restore_monitor', 'recorded_divergence']
 
 # %% ../../nbs/70_training/47_divergence.ipynb #c0379b5e
+import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -79,8 +80,9 @@ def restore_monitor(monitor: FiniteMonitor, folder: Path, step: int, most: int) 
 
 # %% ../../nbs/70_training/47_divergence.ipynb #886294d2
 @contextmanager
-def recorded_divergence(run: Run, first: int, started: float) -> Iterator[None]:
+def recorded_divergence(run: Run) -> Iterator[None]:
     "Inside, a run that diverges is recorded in its folder; the error names its last checkpoint."
+    first, started = run.step, time.monotonic()
     try:
         yield
     except Diverged as error:

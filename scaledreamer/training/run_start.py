@@ -20,6 +20,9 @@ from ..core.tensors import best_device
 from .checkpoints import checkpoint_steps, load_newest
 from .checkpoints import unfinished_checkpoints
 from .corpora import Prompt
+from .divergence import recorded_divergence, restore_monitor
+from .divergence import warn_of_divergence
+from .kept_checkpoints import remove_partial
 from .method_defaults import resolve_as_before
 from .run import Run
 from .run_folder import check_run_folder, read_run_settings, start_folder
@@ -61,6 +64,7 @@ def resume_run(run: Run) -> None:
             aside = set_aside(path).name
             warnings.warn(f"{shown_path(path)} is no folder; it is now {aside}", stacklevel=3)
     checkpoints = run.folder / "checkpoints"
+    remove_partial(checkpoints)
     damaged = unfinished_checkpoints(checkpoints)
     if checkpoint_steps(checkpoints):
         run.step, newer = load_newest(checkpoints, run.generator, run.optimizer, run.estimator)
@@ -69,6 +73,7 @@ def resume_run(run: Run) -> None:
         warnings.warn(f"{shown_path(run.folder)} has no checkpoint: it starts anew", stacklevel=3)
     for path in damaged:
         set_aside(path)
+    warn_of_divergence(run.folder, run.step)
     truncate_log(run.folder / "metrics.jsonl", run.step)
     truncate_renders(run.folder, run.step, run.settings.steps)
     repair_log(run.folder / "sessions.jsonl", "first", "last", "seconds")
@@ -93,3 +98,6 @@ def enter_run(run: Run, resume: bool, stack: ExitStack) -> None:
             f"{shown_path(run.folder)} has other checkpoints for some processes (steps {steps}): "
             "put it on a file system that all of them share"
         )
+    most = run.settings.save.max_skipped_steps
+    restore_monitor(run.monitor, run.folder, run.step, most)
+    stack.enter_context(recorded_divergence(run))

@@ -30,16 +30,19 @@ from .checkpoints import checkpoint_steps, load_checkpoint, load_newest
 from .checkpoints import save_checkpoint
 from ..prior.base import Prior
 from .corpora import Prompt, read_manifest
+from .divergence import divergence_text, read_divergence
+from .kept_checkpoints import prune_checkpoints
 from .memory_estimate import check_memory, what_to_lower
 from .run import Run, build
 from .run_folder import log_session, read_run_settings
-from .run_logs import append_row
+from .run_logs import append_row, sync_logs
 from .run_start import check_training, enter_run
 from .step import training_step
-from .step_renders import record_renders
+from .step_renders import RENDERS_FILE, record_renders
 from .stored_texts import StoredTextPrior, read_stored_texts
 from .train_settings import GENERATORS, MakeGenerator, TrainSettings
 from .train_settings import ESTIMATOR_METHODS, build_prior
+from .validation import text_gain
 
 # %% ../../nbs/70_training/50_trainer.ipynb #daa757b5
 @torch.no_grad()
@@ -67,9 +70,13 @@ def save_run(run: Run) -> None:
     was not finite, or if the run's folder has been deleted."""
     run.monitor.flush({})
     _check_there(run)
-    folder = run.folder / "checkpoints"
-    if run.step not in checkpoint_steps(folder):
-        save_checkpoint(folder, run.step, run.generator, run.optimizer, run.estimator)
+    folder, keep = run.folder / "checkpoints", run.settings.save
+    if run.step in checkpoint_steps(folder):
+        return
+    sync_logs(run.folder / "metrics.jsonl", run.folder / RENDERS_FILE)
+    state = {"skipped": run.monitor.skipped} | ({"score": text_gain(run)} if keep.keep_best else {})
+    save_checkpoint(folder, run.step, run.generator, run.optimizer, run.estimator, state)
+    prune_checkpoints(folder, keep.keep_checkpoints)
 
 # %% ../../nbs/70_training/50_trainer.ipynb #23a88ba7
 def _after_step(run: Run) -> None:
@@ -93,7 +100,9 @@ def _log(run: Run, metrics: LazyMetrics) -> dict[str, str]:
     with run.world.together():
         if run.world.main:
             _check_there(run)
-            append_row(run.folder / "metrics.jsonl", {"step": run.step} | dict(metrics))
+            row = {"step": run.step} | dict(metrics)  # which also counts the skipped steps
+            row |= {"skipped": run.monitor.skipped} if run.monitor.skipped else {}
+            append_row(run.folder / "metrics.jsonl", row)
             record_renders(run.folder, run.step, run.settings.steps, renders)
             names = {"norm": "gradient_norm", "opacity": "opacity"}
             shown = {name: f"{metrics[key]:.2f}" for name, key in names.items()}
@@ -222,6 +231,10 @@ def open_run(
         )
     checkpoints, prompts = folder / "checkpoints", read_manifest(folder / "prompts.jsonl")
     steps = checkpoint_steps(checkpoints)
+    if not steps and (diverged := read_divergence(folder)):
+        raise RunError(
+            f"{folder}: {divergence_text(diverged)}, it has no checkpoint: train it anew"
+        )
     if not steps or step not in (None, *steps):
         found = f"no checkpoint {step}, only {steps}" if steps else "no finished checkpoint"
         raise RunError(f"{folder} has {found}: train it first")
