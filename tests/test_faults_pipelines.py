@@ -306,7 +306,7 @@ def test_values_that_are_not_finite_are_refused(copy):
 def test_other_models_are_named(copy):
     two = ["transformers", "T5EncoderModel"]
     for values in (
-        {"_class_name": "StableDiffusionXLPipeline", "text_encoder_2": two},
+        {"_class_name": "KolorsPipeline", "text_encoder_2": two},
         {"_class_name": "FluxPipeline", "unet": None, "transformer": ["diffusers", "Flux"]},
         {"_class_name": "PixArtAlphaPipeline", "unet": None, "transformer": ["diffusers", "Pix"]},
     ):
@@ -314,8 +314,9 @@ def test_other_models_are_named(copy):
         message = refusal(edit(copy, "model_index.json", **values), UsageError)
         assert f"a {values['_class_name']} has " in message and "Stable Diffusion 1 or 2" in message
         (copy / "model_index.json").write_text(json.dumps(index))
-    third = {"_class_name": "StableDiffusion3Pipeline", "transformer": two}
-    assert "open it with open_prior" in refusal(edit(copy, "model_index.json", **third))
+    for kind in ("StableDiffusion3Pipeline", "StableDiffusionXLPipeline"):
+        other = {"_class_name": kind, "text_encoder_2": two}
+        assert "open it with open_prior" in refusal(edit(copy, "model_index.json", **other))
 
 
 def test_variants(whole, copy):

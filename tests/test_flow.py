@@ -530,7 +530,7 @@ def test_pipelines_that_cannot_be_read_are_named(folders, tmp_path, capsys):
     argv = ["train", "--corpus", corpus, "--prior", folder, "--out", tmp_path / "run"]
     assert run_command([str(word) for word in argv]) == 2
     error = capsys.readouterr()[1]
-    assert "a FluxPipeline has two text encoders" in error
+    assert "a FluxPipeline has a second text encoder" in error
     assert "expected a StableDiffusionPipeline" in error and "StableDiffusion3Pipeline" in error
 
 
@@ -558,6 +558,6 @@ def test_what_is_downloaded_of_a_transformer(folders, monkeypatch):
     index["file"] = folders / "flux/model_index.json"
     index["file"].parent.mkdir()
     index["file"].write_text(json.dumps(other))
-    with pytest.raises(UsageError, match="a FluxPipeline has three text encoders"):
+    with pytest.raises(UsageError, match="a FluxPipeline has a third text encoder"):
         open_prior("owner/name")
     assert found["files"] == ["model_index.json"]

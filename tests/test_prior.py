@@ -3,21 +3,32 @@
 import json
 import shutil
 import warnings
+from functools import partial
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from scaledreamer.prior.prior_checks import check_prior
 from scaledreamer.core.settings import RunError, UsageError
 from scaledreamer.core.tensors import make_rng, seed_everything
+from scaledreamer.distill.conditioning import make_conditioning
+from scaledreamer.distill.estimator import LoRAEstimator
+from scaledreamer.distill.later_methods import ism, nfsd, sdi
+from scaledreamer.distill.method_checks import check_method
+from scaledreamer.distill.methods import asd, csd, sds
+from scaledreamer.distill.shift import deterministic_shift
+from scaledreamer.distill.vsd import vsd
 from scaledreamer.prior.base import predict_noise_batched
+from scaledreamer.prior.execution import PriorSettings
 from scaledreamer.prior.guidance import classifier_free_guidance, perpendicular
 from scaledreamer.prior.mixture import MixturePrior
+from scaledreamer.prior.open_prior import open_prior
 from scaledreamer.prior.pipelines import quiet, random_pipeline
+from scaledreamer.prior.prior_checks import check_prior
 from scaledreamer.prior.schedule import NoiseSchedule, scaled_linear
 from scaledreamer.prior.stable_diffusion import TINY, StableDiffusionPrior
+from scaledreamer.prior.stable_diffusion_xl import StableDiffusionXLPrior, random_sdxl_pipeline
 from fixtures import DOUBLE, draw
 
 
@@ -357,6 +368,94 @@ def test_text_cache_is_bounded_and_complete(pipeline):
     assert torch.equal(free.tokens, small.tokens) and len(prior.text.known) == 4
     one = torch.cat([prior.encode_text([text]).pooled for text in texts])
     torch.testing.assert_close(one, free.pooled, atol=1e-5, rtol=1e-5)
+
+
+# Stable Diffusion XL ------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def xl(tmp_path_factory):
+    "The folder of a small Stable Diffusion XL, as diffusers writes it, and its pipeline."
+    seed_everything(0)
+    folder, pipe = tmp_path_factory.mktemp("xl"), random_sdxl_pipeline()
+    with quiet():
+        pipe.save_pretrained(folder)
+    return folder, pipe
+
+
+XL_TEXTS = ["a red ball", "a blue cube", "a cube"]
+
+
+def test_sdxl_is_that_of_diffusers(xl):
+    "Its guided noise, from the texts and sizes that the pipeline makes."
+    folder, pipe = xl
+    prior = open_prior(folder)
+    assert type(prior) is StableDiffusionXLPrior and prior.image_size == 16
+    check_prior(prior, XL_TEXTS)
+    x_t, t = torch.randn(3, 4, 8, 8, generator=make_rng(0)), torch.tensor([0, 470, 999])
+    y, empty, pooled, no_text = pipe.encode_prompt(XL_TEXTS, device="cpu")  # frozen, as the U-Net
+    sizes = torch.tensor([[16.0, 16.0, 0.0, 0.0, 16.0, 16.0]]).expand(3, -1)
+    noise = lambda states, text: (
+        pipe.unet(x_t, t, states, added_cond_kwargs={"text_embeds": text, "time_ids": sizes}).sample
+    )
+    found = predict_noise_batched(
+        prior, [(x_t, t, prior.encode_text(words).tokens) for words in (XL_TEXTS, [""] * 3)]
+    )
+    for ours, theirs in zip(found, (noise(y, pooled), noise(empty, no_text))):
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+    sharing = open_prior(folder, PriorSettings(shared_text=True))
+    again = predict_noise_batched(
+        sharing, [(x_t, t, sharing.encode_text(XL_TEXTS).tokens) for _ in range(2)]
+    )
+    for ours in again:
+        torch.testing.assert_close(ours, found[0], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("method", [sds, csd, asd, nfsd, sdi, ism])
+def test_methods_keep_their_contract_on_sdxl(xl, method):
+    prior = open_prior(xl[0])
+    if method is asd:
+        rule = deterministic_shift(0.1)
+        method = lambda *given: asd(*given, rule(given[3], 20, 999, make_rng(0)))
+    text = make_conditioning(prior, XL_TEXTS, nfsd_negative_prompt="a ball")
+    check_method(method, prior, text)
+
+
+def test_identities_and_the_estimator_on_sdxl(xl):
+    prior = open_prior(xl[0])
+    latents, noise = (torch.randn(3, 4, 8, 8, generator=make_rng(i)) for i in range(2))
+    t, text = torch.tensor([60, 470, 900]), make_conditioning(prior, XL_TEXTS)
+    step = lambda method, **options: method(prior, latents, text, t, noise, **options).gradient
+    close = partial(torch.testing.assert_close, atol=1e-4, rtol=1e-3)
+    classifier = step(csd)
+    close(step(sds, guidance=8.0) - step(sds, guidance=1.0), 7 * classifier)
+    close(asd(prior, latents, text, t, noise, t, guidance=8.0).gradient, 7 * classifier)
+    estimator = LoRAEstimator(prior)  # begins as the prior, so that VSD is guidance alone
+    close(step(vsd, estimator=estimator, guidance=8.0), 7 * classifier)
+
+
+def test_sdxl_folders_that_cannot_be_read_are_named(xl, tmp_path):
+    folder = shutil.copytree(xl[0], tmp_path / "xl")
+
+    def said(file="model_index.json", **values):
+        before = (folder / file).read_text()
+        (folder / file).write_text(json.dumps(json.loads(before) | values))
+        with pytest.raises(UsageError) as caught:
+            open_prior(folder)
+        (folder / file).write_text(before)
+        return str(caught.value)
+
+    refiner = {"text_encoder": [None, None], "tokenizer": [None, None]}
+    for kind in ("StableDiffusionXLPipeline", "StableDiffusionXLImg2ImgPipeline"):
+        found = said(_class_name=kind, **refiner)
+        assert f"a {kind} without its first text encoder refines images" in found
+        assert "expected a StableDiffusionPipeline" in found
+    found = said("unet/config.json", addition_time_embed_dim=16)
+    assert "projection_class_embeddings_input_dim is 56: expected 104" in found
+    found = said("unet/config.json", addition_embed_type=None)
+    assert "addition_embed_type is None: expected 'text_time', as in SDXL" in found
+    with pytest.raises(UsageError, match="open it with open_prior"):
+        StableDiffusionPrior.from_pretrained(folder)
 
 
 @pytest.mark.skipif(

@@ -76,11 +76,13 @@ def run_unet(
     rows: Rows | None = None,  # identical rows of `tokens`, for a U-Net of `share_text`
     copy: bool = False,  # for a CUDA graph, whose next replay overwrites its output
     views: int | None = None,  # rows per group, for a U-Net whose self-attention joins them
+    added: dict[str, Tensor] | None = None,  # pooled text and sizes, for SDXL
 ) -> Tensor:
     "The output of a U-Net in its own precision, returned in the precision of `x_t`."
     given = {"rows": rows, "views": views}
     shared = {name: value for name, value in given.items() if value is not None}
     options = {"class_labels": class_labels, "cross_attention_kwargs": shared or None}
+    options |= {} if added is None else {"added_cond_kwargs": added}
     dtype = unet.dtype  # read once: the property searches all modules
     out = unet(x_t.to(dtype), t, encoder_hidden_states=tokens.to(dtype), **options).sample
     return out.to(x_t.dtype, copy=copy)

@@ -19,6 +19,7 @@ from .pipeline_index import pipeline_class
 from .pipeline_source import local_pipeline, pipeline_source
 from .stable_diffusion import StableDiffusionPrior, prior_from_parts
 from .stable_diffusion_3 import StableDiffusion3Prior
+from .stable_diffusion_xl import StableDiffusionXLPrior
 
 # %% ../../nbs/30_prior/99_open_prior.ipynb #d6072082
 def open_prior(
@@ -31,8 +32,12 @@ def open_prior(
     Raises `UsageError` for models that are not supported, `RunError` for damaged files."""
     settings.dtype_on(device)  # before any file is read
     folder = local_pipeline(pipeline_source(path_or_id), settings.variant)
-    if pipeline_class(folder) == "StableDiffusion3Pipeline":
-        return StableDiffusion3Prior.from_pretrained(path_or_id, settings, device, strict)
+    kind = {
+        "StableDiffusionXLPipeline": StableDiffusionXLPrior,
+        "StableDiffusion3Pipeline": StableDiffusion3Prior,
+    }.get(pipeline_class(folder))
+    if kind is not None:
+        return kind.from_pretrained(path_or_id, settings, device, strict)
     opened = open_pipeline(path_or_id, settings)
     kind = MultiViewPrior if unet_views(opened.unet) > 1 else StableDiffusionPrior
     return prior_from_parts(kind, opened, path_or_id, settings, device, strict)

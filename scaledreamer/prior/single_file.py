@@ -124,8 +124,8 @@ def _version(file: Path, shapes: Mapping[str, tuple[int, ...]]) -> int:
     width = shapes.get(_WIDTH, (0,))[-1]
     if found or width not in (768, 1024):
         raise UsageError(
-            f"{shown_path(file)} holds {found or 'no Stable Diffusion'}: {EXPECTED}, in one file "
-            "of the original format or a folder of diffusers"
+            f"{shown_path(file)} holds {found or 'no Stable Diffusion'}: one file of the original "
+            f"format may be Stable Diffusion 1 or 2; in a folder of diffusers, {EXPECTED}"
         )
     channels = shapes.get(_UNET + "input_blocks.0.0.weight", (0, 0))[1]
     if channels != 4:

@@ -16,8 +16,6 @@ from torch import Tensor
 from transformers import CLIPTextModelWithProjection, T5EncoderModel
 
 from ..camera.view_words import VIEW_TOKENS
-from ..core.files import shown_path
-from ..core.settings import UsageError
 from ..core.tensors import seeded
 from .base import unpack_text
 from .execution import PriorSettings
@@ -25,11 +23,10 @@ from .flow_schedule import flow_from_diffusers
 from .open_pipeline import check_variant
 from .pipeline_fit import latent_sizes
 from .pipeline_index import sd3_index
-from .pipeline_parts import load_network, load_scheduler
-from .pipeline_parts import load_t5_tokenizer, load_tokenizer
-from .pipeline_source import local_pipeline, pipeline_source
+from .pipeline_parts import load_network, load_scheduler, load_t5_tokenizer
+from .pooled_text import load_clips
 from .sd3_text import SD3Text, check_sd3_fit
-from .stable_diffusion import LatentTexts, ready_prior, refuse_camera
+from .stable_diffusion import LatentTexts, prior_from_folder, refuse_camera
 
 # %% ../../nbs/30_prior/98_stable_diffusion_3.ipynb #4419ef41
 class SD3Parts(LatentTexts):
@@ -80,13 +77,7 @@ def _open_sd3(folder: Path, variant: str | None, strict: bool) -> tuple[Any, ...
     encoders = tuple(part for part in classes if part.startswith("text_encoder"))
     check_variant(folder, variant, ("transformer", "vae", *encoders))
     scheduler = load_scheduler(folder / "scheduler", classes["scheduler"])
-    clips = [
-        (
-            load_tokenizer(folder / f"tokenizer{end}"),
-            load_network(CLIPTextModelWithProjection, folder / f"text_encoder{end}", variant),
-        )
-        for end in ("", "_2")
-    ]
+    clips = load_clips(folder, variant, CLIPTextModelWithProjection)
     t5 = None
     if "text_encoder_3" in classes:
         t5 = (
@@ -112,13 +103,7 @@ class StableDiffusion3Prior(SD3Parts):
         strict: bool = False,  # true: refuse prompts beyond the window; false: cut them
     ) -> Self:
         "Raises `UsageError` for other models, `RunError` for damaged files."
-        name = shown_path(path_or_id)
-        settings.dtype_on(device)  # before any file is read
-        if settings.lora is not None:
-            raise UsageError(f"{name}: a LoRA is read for Stable Diffusion 1 and 2: leave lora out")
-        folder = local_pipeline(pipeline_source(path_or_id), settings.variant)
-        parts = lambda: _open_sd3(folder, settings.variant, strict)
-        return ready_prior(cls, parts, path_or_id, settings, device)
+        return prior_from_folder(cls, _open_sd3, path_or_id, settings, device, strict)
 
     def predict_noise(
         self, x_t: Tensor, t: Tensor, tokens: Tensor, camera: Tensor | None = None
