@@ -23,6 +23,7 @@ OWN = {  # options of the commands themselves, not of settings that other module
     ),
     "experiment": ("[STR]", "--out", "--processes", "--quick", "--list"),
     "embed": ("STR", "--prior", "--out", "--padded", "--device"),
+    "corpus": ("STR", "--column", "--corpus-folder", "--prior", "--examples"),
     "make-prior": ("--out", "--clip-steps"),
     "lab": ("--folder", "--port", "--browser"),
     "bench": ("[STR]", "--json", "--device", "--quick", "--list"),

@@ -31,6 +31,7 @@ NEEDED = {  # arguments without which a command does nothing
     "toy": ["points", "--out", "none"],
     "embed": ["toybox-15", "--out", "none"],
     "make-prior": ["--out", "none"],
+    "corpus": ["toybox-15"],
     "import-weights": ["none.ckpt", "--out", "none"],
     "lab": ["--no-browser"],
 }

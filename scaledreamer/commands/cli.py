@@ -41,6 +41,10 @@ COMMANDS = {  # name: module and class, and what it does
         "export.Export",
         "Write a prompt as a mesh (.glb, .obj, .ply, .html) or a turntable (.gif, .mp4).",
     ),
+    "corpus": (
+        "corpus.Corpus",
+        "Describe a corpus: splits, duplicates, lengths and examples of its prompts.",
+    ),
     "import-weights": (
         "weights.ImportWeights",
         "Make a run folder from a checkpoint of the paper's release.",
