@@ -156,9 +156,10 @@ def _tensors(store: EmbeddingStore, k: int) -> tuple[Tensor, Tensor]:
     return store._open[k]
 
 
-def read_rows(store: EmbeddingStore, rows: Sequence[int]) -> TextEmbedding:
+def read_rows(store: EmbeddingStore, rows: Sequence[int] | np.ndarray) -> TextEmbedding:
     "Rows of a store in single precision, padded to the window with zeros. Raises `DamagedShard`."
-    shards = np.searchsorted(store._first, rows, side="right") - 1
+    rows = np.asarray(rows)
+    shards = (np.searchsorted(store._first, rows, side="right") - 1).tolist()
     places = [(*_tensors(store, k), row - store._first[k], row) for k, row in zip(shards, rows)]
     (tokens, pooled, *_), n = places[0], store.index.window
     out = torch.zeros(len(rows), n, tokens.shape[1])
