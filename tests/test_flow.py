@@ -16,7 +16,7 @@ from scaledreamer.core.settings import UsageError
 from scaledreamer.core.tensors import make_rng, seed_everything, seeded
 from scaledreamer.distill.conditioning import make_conditioning
 from scaledreamer.distill.distill_settings import DistillSettings
-from scaledreamer.distill.estimator import LoRAEstimator, estimator_loss
+from scaledreamer.distill.estimator import LoRAEstimator, estimator_loss, predict_with_prior
 from scaledreamer.distill.flow_methods import pfd, rfds
 from scaledreamer.distill.gradient import fantasia3d_weight, sds_weight, uniform_weight
 from scaledreamer.distill.later_methods import ism, nfsd, sdi, sds_bridge
@@ -499,15 +499,52 @@ def test_the_pooled_text_reaches_the_network(sd3):
     assert not torch.allclose(sd3.velocity(x_t, t, tokens), sd3.velocity(x_t, t, other))
 
 
-def test_the_estimator_with_lora_is_refused_for_a_transformer(sd3):
-    with pytest.raises(UsageError, match="StableDiffusion3Prior has no U-Net for LoRA"):
-        LoRAEstimator(sd3)
+def test_the_estimator_of_a_transformer(sd3):
+    "It begins as the prior, sees the camera once it is trained, and VSD and ESD run on it."
+    latents, noise = (torch.randn(3, 4, 8, 8, generator=make_rng(i)) for i in range(2))
+    t, text = torch.tensor([60, 470, 900]), make_conditioning(sd3, [*TEXTS, "a cube"])
+    x_t, poses = sd3.schedule.add_noise(latents, noise, t), torch.ones(3, 16)
+    close = partial(torch.testing.assert_close, atol=1e-4, rtol=1e-3)
+    estimator, weights = LoRAEstimator(sd3), [*sd3.transformer.parameters()]
+    before = [weight.clone() for weight in weights]
+    close(
+        vsd(sd3, latents, text, t, noise, guidance=8.0, estimator=estimator).gradient,
+        7 * csd(sd3, latents, text, t, noise).gradient,
+    )
+    loss = estimator_loss(estimator, sd3.schedule, latents, text.positive, t, noise, poses)
+    velocity = lambda x_s, s: sd3.velocity(x_s, t, text.positive)
+    close(loss, flow_loss(velocity, latents, noise, sd3.schedule.levels[t].float()))
+    optimizer = torch.optim.Adam(estimator.parameters(), 0.01)
+    for _ in range(2):  # after the first step, all weights have gradients
+        optimizer.zero_grad()
+        loss = estimator_loss(estimator, sd3.schedule, latents, text.positive, t, noise, poses)
+        loss.backward()
+        optimizer.step()
+    assert all(weight.grad.abs().max() > 0 for weight in estimator.parameters())
+    with torch.no_grad():
+        given = (x_t, t, text.positive)
+        own, blind = (estimator.predict_noise(*given, pose) for pose in (poses, None))
+        beside = predict_with_prior(sd3, estimator, [given], [(*given, poses), (*given, None)])
+        close(beside[0][0], sd3.predict_noise(*given))
+        for found, alone in zip(beside[1], (own, blind)):
+            close(found, alone)
+    assert (own - blind).abs().max() > 1e-3
+    assert all(torch.equal(*pair) for pair in zip(weights, before))
+    again = LoRAEstimator(sd3, seed=1)
+    again.load_state_dict(estimator.state_dict())
+    close(again.predict_noise(*given, poses), own)
+    for method in (vsd, esd):
+        check_method(
+            lambda *args: method(*args, estimator=estimator, camera=torch.ones(len(args[1]), 16)),
+            sd3,
+            text,
+        )
 
 
 def test_a_training_run_on_a_flow(folders, tmp_path, capsys):
     corpus = tmp_path / "prompts.txt"
     corpus.write_text("a red ball\na blue cube\n")
-    for method in ("asd", "rfds"):
+    for method in ("asd", "rfds", "vsd"):
         out = tmp_path / method
         argv = ["train", "--corpus", corpus, "--prior", folders / "plain", "--method", method]
         argv += ["--steps", 2, "--generator", "ingp", "--prompts-per-step", 2, "--resolution", 8]

@@ -4,6 +4,7 @@ import json
 import shutil
 import warnings
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -432,6 +433,24 @@ def test_identities_and_the_estimator_on_sdxl(xl):
     close(asd(prior, latents, text, t, noise, t, guidance=8.0).gradient, 7 * classifier)
     estimator = LoRAEstimator(prior)  # begins as the prior, so that VSD is guidance alone
     close(step(vsd, estimator=estimator, guidance=8.0), 7 * classifier)
+
+
+def test_what_is_downloaded_of_sdxl(xl, monkeypatch):
+    "All of its parts; a file of the whole model beside them is left."
+    names = [path.relative_to(xl[0]).as_posix() for path in xl[0].rglob("*") if path.is_file()]
+    asked = []
+
+    def snapshot_download(repo_id, revision=None, allow_patterns=None):
+        asked.extend(allow_patterns)
+        return str(xl[0])
+
+    siblings = [SimpleNamespace(rfilename=name) for name in [*names, "sd_xl_base.safetensors"]]
+    info, index = SimpleNamespace(siblings=siblings), str(xl[0] / "model_index.json")
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", lambda *args, **options: info)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda **options: index)
+    assert type(open_prior("owner/name")) is StableDiffusionXLPrior
+    assert {*asked} == {*names}
 
 
 def test_sdxl_folders_that_cannot_be_read_are_named(xl, tmp_path):

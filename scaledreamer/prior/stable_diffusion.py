@@ -40,6 +40,7 @@ class LatentTexts:
     vae: AutoencoderKL | AutoencoderTiny
     text: TextCache
     schedule: NoiseSchedule
+    prediction_type: str  # one of `PREDICTION_TYPES`
     settings: PriorSettings
     image_size: int  # of the images that are encoded, in pixels
 
@@ -67,6 +68,11 @@ class LatentTexts:
 
     def encode_text(self, texts: list[str]) -> TextEmbedding:
         return self.text(texts).to(torch.float32)
+
+    def noise_by(self, network: nn.Module, x_t: Tensor, t: Tensor, *args, **options) -> Tensor:
+        "The noise by another network of this kind, e.g. a fine-tuned one; see its `raw_output`."
+        out = self.raw_output(network, x_t, t, *args, **options)
+        return eps_of(self.schedule, self.prediction_type, x_t, out, t)
 
     def apply_settings(self) -> None:
         "Changes how the networks run, in place, as the settings say."
@@ -222,10 +228,3 @@ class StableDiffusionPrior(PipelineParts):
     ) -> Tensor:
         refuse_camera(camera)
         return self.noise_by(self.unet, x_t, t, tokens, rows=rows)
-
-    def noise_by(
-        self, unet: UNet2DConditionModel, x_t: Tensor, t: Tensor, *args, **options
-    ) -> Tensor:
-        "The noise predicted by another U-Net of this kind, e.g. a fine-tuned one."
-        out = self.raw_output(unet, x_t, t, *args, **options)
-        return eps_of(self.schedule, self.prediction_type, x_t, out, t)

@@ -49,17 +49,22 @@ class SD3Parts(LatentTexts):
         self.latent_shape, self.image_size = latent_sizes(transformer, vae, "transformer")
         self.schedule = flow_from_diffusers(scheduler)
 
-    def velocity(
-        self, x_t: Float[Tensor, "b ..."], t: Tensor, tokens: Float[Tensor, "b m d"]
-    ) -> Float[Tensor, "b ..."]:
+    def velocity(self, x_t: Tensor, t: Tensor, tokens: Float[Tensor, "b m d"]) -> Tensor:
         "eps - x_0 of x_t, without guidance, in the precision of `x_t`."
         return self.raw_output(self.transformer, x_t, t, tokens)
 
     def raw_output(
-        self, transformer: SD3Transformer2DModel, x_t: Tensor, t: Tensor, tokens: Tensor
+        self,
+        transformer: SD3Transformer2DModel,
+        x_t: Tensor,
+        t: Tensor,
+        tokens: Tensor,
+        labels: Tensor | None = None,  # [b, k], for one that reads more beside the pooled text
     ) -> Tensor:
         "The velocity by another transformer of this kind, e.g. a fine-tuned one."
         states, pooled = unpack_text(tokens, transformer.config.pooled_projection_dim)
+        if labels is not None:
+            pooled = torch.cat([pooled, labels.to(pooled)], 1)
         dtype = transformer.dtype
         out = transformer(
             hidden_states=x_t.to(dtype),
@@ -109,4 +114,4 @@ class StableDiffusion3Prior(SD3Parts):
         self, x_t: Tensor, t: Tensor, tokens: Tensor, camera: Tensor | None = None
     ) -> Tensor:
         refuse_camera(camera)
-        return self.schedule.eps_from_v(x_t, self.velocity(x_t, t, tokens), t)
+        return self.noise_by(self.transformer, x_t, t, tokens)

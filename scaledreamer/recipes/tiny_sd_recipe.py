@@ -121,10 +121,10 @@ It denoises {} views of one object together, evenly spaced around it, and takes 
 MVDream does; `scaledreamer.prior.open_prior` opens it.
 """
 OBJECTIVES = {
-    "noise": "the U-Net predicts the noise, on the schedule of Stable Diffusion",
-    "flow": "flow matching; the U-Net predicts the velocity, noise minus image, on straight paths "
-    "from image to noise. `scaledreamer.prior.open_prior` opens it; the pipeline of diffusers\n"
-    "  samples once `pipeline.scheduler.init_noise_sigma = 1.0` is set",
+    "noise": "the U-Net predicts the noise, on the schedule of Stable Diffusion.",
+    "flow": """flow matching. The U-Net predicts the velocity, noise minus image, on straight
+  paths from image to noise; `scaledreamer.prior.open_prior` opens it, and the pipeline of diffusers
+  samples once `pipeline.scheduler.init_noise_sigma = 1.0` is set.""",
 }
 MODEL_CARD = """---
 license: apache-2.0
@@ -137,7 +137,7 @@ A latent diffusion model of 64x64 renders of Toybox, made by `scaledreamer make-
 {views}
 - **Format**: a folder of diffusers' `StableDiffusionPipeline`; U-Net and autoencoder in half
   precision, averaged over training (decay {ema} per step).
-- **Objective**: {objective}.
+- **Objective**: {objective}
 - **Training data**: {renders:,} renders of random Toybox captions, drawn by the package; no
   photographs. 23 of the 256 pairs "S1 on S2" of shapes are left out.
 - **Training**: {seen:,} images in {steps:,} steps of {batch}, {hours:.1f} hours on {machine};
