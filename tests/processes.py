@@ -6,12 +6,14 @@ import signal
 import sys
 from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import torch
 
 from scaledreamer.core.processes import launched
 from scaledreamer.core.settings import RunError, UsageError
 from scaledreamer.training.optim_settings import OptimSettings
+from scaledreamer.training.run_start import enter_run
 from scaledreamer.training.train_settings import TrainSettings
 from scaledreamer.training.trainer import run_training
 
@@ -62,31 +64,39 @@ def refused(folder, world):
         return str(error)
 
 
-def not_finite(folder, world):
-    "What each process says of a gradient that is infinite in the last one."
+def spoiled(folder, world, most):
+    "Steps and skipped steps of each process, where the last one's gradient is infinite after one."
+    entered = {}
 
     def spoil():
         if not world.main:
-            first = next(run.generator.parameters())
+            first = next(entered["run"].generator.parameters())
             first.register_hook(lambda gradient: gradient * float("inf"))
         return False
 
-    import scaledreamer.training.trainer as trainer
+    def enter(run, *rest):
+        entered["run"] = run
+        enter_run(run, *rest)
 
-    enter, run = trainer.enter_run, None
+    settings = replace(PLAIN, save=replace(PLAIN.save, max_skipped_steps=most))
+    with mock.patch("scaledreamer.training.trainer.enter_run", enter):
+        try:
+            options = {"show": False, "stop": spoil, "world": world}
+            run = run_training(folder / f"spoiled-{most}", settings, **options)
+        except RunError as error:
+            return str(error)
+    weights = [weight.double().sum().item() for weight in run.generator.parameters()]
+    return [run.step, run.monitor.skipped, weights]
 
-    def entered(opened, *rest):
-        nonlocal run
-        run = opened
-        enter(opened, *rest)
 
-    trainer.enter_run = entered
-    try:
-        run_training(folder / "not_finite", PLAIN, show=False, stop=spoil, world=world)
-    except RunError as error:
-        return str(error)
-    finally:
-        trainer.enter_run = enter
+def not_finite(folder, world):
+    "The words of each process where no step may be skipped."
+    return spoiled(folder, world, 0)
+
+
+def skipped(folder, world):
+    "What each process counts where two steps may be skipped."
+    return spoiled(folder, world, 2)
 
 
 def stopped(folder, world):
@@ -123,7 +133,7 @@ def main(folder):
     for case in CASES:
         run = train(folder, case, world)
         torch.save(gradients(run), folder / f"{case}-{world.rank}.pt")
-    for part in (broken, refused, not_finite, stopped, interrupted):
+    for part in (broken, refused, not_finite, skipped, stopped, interrupted):
         found[part.__name__] = part(folder, world)
     (folder / f"found-{world.rank}.json").write_text(json.dumps(found))
     world.close()

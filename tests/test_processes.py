@@ -5,14 +5,19 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 import processes
-from scaledreamer.core.processes import ALONE
+from scaledreamer.core.processes import ALONE, World
+from scaledreamer.training.corpora import number_prompts
+from scaledreamer.training.run import build
 from scaledreamer.training.run_logs import read_rows
+from scaledreamer.training.step import training_step
+from scaledreamer.training.step_update import generator_optimizer
 
 CASES = list(processes.CASES)
 LAUNCH = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -89,8 +94,12 @@ def test_prompts_that_cannot_be_shared_out_are_refused(found):
 
 
 def test_a_gradient_that_is_infinite_in_one_process_ends_all(found):
-    assert found[0]["not_finite"] == found[1]["not_finite"]
-    assert "the gradient is not finite" in found[0]["not_finite"]
+    assert all("the gradient is not finite" in each["not_finite"] for each in found)
+
+
+def test_all_skip_a_step_that_is_infinite_in_one(found):
+    assert found[0]["skipped"] == found[1]["skipped"]
+    assert found[0]["skipped"][:2] == [3, 2]
 
 
 def test_all_stop_after_the_same_step_and_go_on(found):
@@ -114,3 +123,23 @@ def test_accelerate_launches_the_command(tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("run: run\n") == done.stdout.count("Sim ") == 1
     assert done.stderr.count("asd: 2 of 2") == 1
+
+
+@pytest.mark.parametrize("generator", ["conv3d", "triplane", "hyper-ingp"])
+def test_mixed_precision_is_of_the_networks_alone(generator):
+    settings = replace(processes.PLAIN, generator=generator)
+    prompts = number_prompts([(text, "train") for text in processes.TEXTS])
+    found = []
+    for mixed in (False, True):
+        run = build(Path("unused"), settings, prompts)
+        run.optimizer = generator_optimizer(settings, run.generator)
+        run.world = World()
+        run.world.mixed = mixed
+        metrics = training_step(run, run.prior.encode_text(list(processes.TEXTS)))
+        found.append((dict(metrics), [g for g in processes.gradients(run) if g is not None]))
+    (full, exact), (half, mixed) = found
+    assert half == pytest.approx(full, rel=0.05, abs=1e-3)
+    assert {g.dtype for g in mixed} == {torch.float32}
+    norms = [torch.cat([g.flatten() for g in gs]).norm().item() for gs in (exact, mixed)]
+    assert norms[1] == pytest.approx(norms[0], rel=0.05)
+    assert (full == half) == (generator == "hyper-ingp")  # which reads the text in small layers

@@ -88,11 +88,10 @@ def make_scenes(
     return generator(texts, to_device(z, texts.tokens)) if generator.noise else generator(texts)
 
 # %% ../../nbs/70_training/38_step_batch.ipynb #d52baed2
-def render_part(
-    run: Run, texts: RunTexts, batch: Batch
-) -> tuple[Scene | DensityScene, Rendering]:
+def render_part(run: Run, texts: RunTexts, batch: Batch) -> tuple[Scene | DensityScene, Rendering]:
     "The scenes of a batch, or of a part of it, and their renders by the present weights."
-    scenes = make_scenes(run.generator, texts[batch.rows], batch.z)
+    with run.world.autocast(run.settings.device):
+        scenes = make_scenes(run.generator, texts[batch.rows], batch.z)
     behind = batch.background
     if run.settings.background.probability < 1:
         own = batch.rays.image(scenes.background(batch.rays.flat()[1]))
