@@ -20,7 +20,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from .disk import sync_to_disk
+from .disk import sync_to_disk, temporary_name
 from .settings import RunError, _dumps, shorten, unique_keys
 
 # %% ../../nbs/10_core/20_files.ipynb #284314ca
@@ -74,8 +74,7 @@ def replacing(
     """Writes a file whole or not at all, for writers that need a path (safetensors, PIL). Raises
     `WriteError` if it cannot be written."""
     path = Path(path)
-    # PIL and others read the format off the suffix
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+    temporary = temporary_name(path)
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:

@@ -12,6 +12,7 @@ from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
+from ..core.disk import remove_temporaries
 from ..core.files import shown_path
 from ..core.folder_lock import locked_folder, set_aside
 from ..core.processes import ALONE, World
@@ -65,6 +66,7 @@ def resume_run(run: Run) -> None:
             warnings.warn(f"{shown_path(path)} is no folder; it is now {aside}", stacklevel=3)
     checkpoints = run.folder / "checkpoints"
     remove_partial(checkpoints)
+    remove_temporaries(run.folder)
     damaged = unfinished_checkpoints(checkpoints)
     if checkpoint_steps(checkpoints):
         run.step, newer = load_newest(checkpoints, run.generator, run.optimizer, run.estimator)
