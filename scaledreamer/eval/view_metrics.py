@@ -14,6 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..camera.poses import orbit
+from .front_colours import FRONT_COLOUR_METRICS, front_colour_metrics
 from .fronts import FRONT_METRICS, front_metrics, without_front
 from .image_measures import VIEW_ELEVATIONS, colour_error, f_score, is_lost
 from .image_measures import measured_views, psnr, ssim
@@ -67,6 +68,7 @@ VIEW_METRICS = (
     "f_score",
     "chamfer_picture",
     *FRONT_METRICS,
+    *FRONT_COLOUR_METRICS,
     *ELEVATION_METRICS,
 )
 
@@ -80,9 +82,9 @@ def view_metrics(found: Capture, true: Capture, text: str) -> dict[str, float | 
     half = len(true.grid) / 2 * CELL
     surfaces = [surface_points(x.grid, half) for x in (found, true)]
     between = chamfer(*surfaces)
-    fronts = dict.fromkeys(FRONT_METRICS)
+    fronts = dict.fromkeys((*FRONT_METRICS, *FRONT_COLOUR_METRICS))
     if found.around is not None and true.around is not None:
-        fronts = front_metrics(found.around, text)
+        fronts = front_metrics(found.around, text) | front_colour_metrics(found.around, text)
     outlines = silhouette_iou(found.opacity[:, 0], mask).unflatten(0, (len(VIEW_ELEVATIONS), -1))
     return {
         "lost": float(is_lost(found.opacity)),

@@ -110,6 +110,8 @@ METRIC_NAMES = {
     "front_right": "one front, in its place",
     "fronts": "fronts",
     "janus": "several fronts (Janus)",
+    "front_amount": "colours of the front, in front (truth: 1)",
+    "front_excess": "colours of the front, elsewhere (truth: 0)",
     "lost": "prompts lost",
     "colour_error": "colour error",
     "psnr": "PSNR, dB",
