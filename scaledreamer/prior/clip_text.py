@@ -133,7 +133,7 @@ class TextReader:
 
 # %% ../../nbs/30_prior/70_clip_text.ipynb #5aa77b4f
 class TextCache(TextReader):
-    "Texts to states, with a cache of the last `size` of them."
+    "Texts to states, with a cache of the last `size` of them, and of at most `most` bytes."
 
     def __init__(
         self,
@@ -141,8 +141,10 @@ class TextCache(TextReader):
         encoder: TextEncoder,
         strict: bool = False,  # true: refuse texts that cannot be read whole; false: warn
         size: int = 4096,  # texts in the cache
+        most: int = 1 << 27,  # bytes in the cache
     ) -> None:
         super().__init__(tokenizer, encoder, strict)
+        self.most = most
         self.encoders: tuple[nn.Module, ...] = (encoder,)
         self.size = size
         self.known: dict[str, tuple[Tensor, ...]] = {}  # the least recently used first
@@ -172,6 +174,8 @@ class TextCache(TextReader):
         if unknown:
             found |= self._encode(unknown, batch)
         self.known |= found
-        for text in list(self.known)[: max(0, len(self.known) - self.size)]:
+        each = sum(part.nbytes for part in found[texts[0]]) if texts else 1
+        spare = len(self.known) - min(self.size, self.most // each)
+        for text in list(self.known)[: max(0, spare)]:
             del self.known[text]
         return TextEmbedding(*(torch.stack(rows) for rows in zip(*(found[text] for text in texts))))

@@ -51,7 +51,7 @@ def _description(part: nn.Module | PreTrainedTokenizerBase | int) -> dict | int:
 def text_identity(reader: TextReader) -> str:  # 64 hexadecimal digits
     "SHA-256 of the networks and tokenizers of a text reader."
     digest, seen = hashlib.sha256(), set()
-    attributes = {k: v for k, v in sorted(vars(reader).items()) if k != "size"}
+    attributes = {k: v for k, v in sorted(vars(reader).items()) if k not in ("size", "most")}
     for part in _parts([*attributes.values()]):
         if not isinstance(part, int):
             if id(part) in seen:
