@@ -12,9 +12,13 @@ import pytest
 import torch
 
 import processes
+from scaledreamer.camera.poses import RigCameras
+from scaledreamer.commands.cli import parse
 from scaledreamer.core.processes import ALONE, World
+from scaledreamer.core.settings import RunError
 from scaledreamer.training.corpora import number_prompts
 from scaledreamer.training.run import build
+from scaledreamer.training.run_folder import write_run_settings
 from scaledreamer.training.run_logs import read_rows
 from scaledreamer.training.step import training_step
 from scaledreamer.training.step_update import generator_optimizer
@@ -123,6 +127,17 @@ def test_accelerate_launches_the_command(tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("run: run\n") == done.stdout.count("Sim ") == 1
     assert done.stderr.count("asd: 2 of 2") == 1
+
+
+def test_train_takes_the_settings_of_a_run(tmp_path):
+    rig = replace(processes.PLAIN, cameras=RigCameras(), optim=processes.HALVES)
+    write_run_settings(tmp_path, rig)
+    command = parse(["train", "--config", str(tmp_path), "--steps", "9"])
+    assert command.settings == replace(rig, steps=9)
+    prompts = parse(["train", "--config", str(tmp_path), "--prompt", "a red mug"]).settings.prompt
+    assert prompts == ("a red mug",)
+    with pytest.raises(RunError, match="is no run folder"):
+        parse(["train", "--config", str(tmp_path / "none")])
 
 
 @pytest.mark.parametrize("generator", ["conv3d", "triplane", "hyper-ingp"])
