@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from scaledreamer.commands import evaluate
 from scaledreamer.commands.cli import run_command
 from scaledreamer.core.async_metrics import Diverged, FiniteMonitor
 from scaledreamer.distill import vsd
@@ -19,6 +20,7 @@ from scaledreamer.training.run_logs import read_rows
 from scaledreamer.training.save_settings import SaveSettings
 from scaledreamer.training.train_settings import TrainSettings
 from scaledreamer.training.trainer import open_run, run_training
+from scaledreamer.view.run_comparison import metric_differences, read_record
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:step . is skipped", "ignore:.* diverged at step", "ignore:.* starts anew"
@@ -197,3 +199,22 @@ def test_opening_a_diverged_run_gives_its_last_good_checkpoint(settings, poison,
         run_training(tmp_path / "run", limited(settings, 1), show=False)
     run = open_run(tmp_path / "run")
     assert run.step == 4 and all(weight.isfinite().all() for weight in run.generator.parameters())
+
+
+def test_evaluation_and_comparison_show_the_cross(settings, poison, tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        evaluate, "evaluate_scenes", lambda *_, **__: {"sim": 0.5, "per_prompt": []}
+    )
+    good = run_training(tmp_path / "good", settings, show=False)
+    poison(2, 4)
+    with pytest.raises(Diverged):
+        run_training(tmp_path / "bad", limited(settings, 1), show=False)
+    results = [evaluate.evaluate_run(run, None) for run in (good, open_run(tmp_path / "bad"))]
+    cross = "× diverged at step 4 (the gradient not finite)"
+    assert evaluate.summary(results[0]) == "Sim 0.500"
+    assert evaluate.summary(results[1]) == f"{cross}; at step 4: Sim 0.500"
+    stored = json.loads((tmp_path / "bad/eval.json").read_text())
+    assert stored["diverged"]["step"] == 4 and "diverged" not in results[0]
+    records = [read_record(tmp_path / name) for name in ("good", "bad")]
+    assert metric_differences(records)["CLIP similarity"] == ["0.500", "×", ""]
+    assert any(note.startswith(cross) for note in records[1].notes) and not records[0].diverged

@@ -23,6 +23,7 @@ from ..eval.captures import SceneRenderer
 from ..eval.report import evaluate_scenes
 from ..prior.base import Prior
 from ..toybox.captions import CORPORA
+from ..training.divergence import divergence_text, read_divergence
 from ..training.method_defaults import is_toybox_prior
 from ..training.run import Run
 from ..training.run_logs import read_rows
@@ -94,6 +95,8 @@ def evaluate_run(
     )
     cost = training_cost(run.folder / "sessions.jsonl")
     result = {"step": run.step} | metrics | cost | {"machine": machine()}
+    if diverged := read_divergence(run.folder):
+        result["diverged"] = diverged
     write_json_atomic(run.folder / "eval.json", result)
     write_report(run, result)
     return result
@@ -114,7 +117,8 @@ SUMMARY = {
 
 
 def summary(result: dict) -> str:
-    "The metrics of an evaluation in one line; those of further CLIP models behind them."
+    """The metrics of an evaluation in one line; those of further CLIP models behind them. For a run
+    that diverged the cross of the paper is first, and the metrics are of its last checkpoint."""
     left_out = ("r_at_1", "r_at_1_object") if result.get("gallery_size") == 1 else ()
     parts = [
         f"{name}{ending} {result[key + ending]:.3f}"
@@ -122,7 +126,10 @@ def summary(result: dict) -> str:
         for key, name in SUMMARY.items()
         if result.get(key + ending) is not None and key not in left_out
     ]
-    return ", ".join(parts)
+    metrics = ", ".join(parts)
+    if not isinstance(diverged := result.get("diverged"), dict):
+        return metrics
+    return f"{divergence_text(diverged)}; at step {result['step']}: {metrics}"
 
 # %% ../../nbs/90_commands/32_evaluate.ipynb #123fe307
 def evaluate(run: Run | str | Path, clip: Sequence[str] = (), views: int = 120) -> dict:

@@ -31,6 +31,7 @@ from ..core.settings import RunError, UsageError, shorten
 from ..core.statistics import difference_text
 from ..training.checkpoints import checkpoint_steps
 from ..training.corpora import read_manifest
+from ..training.divergence import CROSS, divergence_text, read_divergence
 from ..training.run import Run
 from ..training.run_folder import read_run_settings
 from ..training.run_logs import read_rows
@@ -56,6 +57,7 @@ class RunRecord:
     result: dict[str, Any] | None = field(repr=False)  # of eval.json
     notes: tuple[str, ...] = field(repr=False)
     run: Run | None = field(default=None, repr=False)  # if it is open
+    diverged: dict[str, Any] | None = field(default=None, repr=False)  # where, if it did
 
     def metric(self, key: str) -> dict[str, float]:  # by text
         "A metric of every prompt that has it."
@@ -94,10 +96,8 @@ def read_record(run: Run | str | Path) -> RunRecord:
     if (folder / "eval.json").exists():
         result = _optional(notes, lambda: read_json(folder / "eval.json", dict), None)
     else:
-        result, past = (
-            None,
-            _optional(notes, lambda: read_rows(folder / "sessions.jsonl", "last"), []),
-        )
+        result = None
+        past = _optional(notes, lambda: read_rows(folder / "sessions.jsonl", "last"), [])
         seen = [row["step"] + 1 for row in rows[-1:]] + [row["last"] for row in past]
         done = max([0, *seen, *checkpoint_steps(folder / "checkpoints")])
         how = f"not evaluated: run `scaledreamer evaluate {shown_path(folder)}` for metrics"
@@ -106,13 +106,14 @@ def read_record(run: Run | str | Path) -> RunRecord:
     name, flat = folder.resolve().name, flat_settings(asdict(settings))
     ids = {prompt.text: prompt.id for prompt in texts if prompt.split == "train"}
     opened = run if isinstance(run, Run) else None
-    return RunRecord(name, folder, flat, ids, rows, result, tuple(notes), opened)
+    if diverged := _optional(notes, lambda: read_divergence(folder), None):
+        notes.append(f"{divergence_text(diverged)}, which the tables show as {CROSS}")
+    return RunRecord(name, folder, flat, ids, rows, result, tuple(notes), opened, diverged)
 
 # %% ../../nbs/80_view/35_run_comparison.ipynb #a3b20671
 def setting_differences(records: Sequence[RunRecord]) -> dict[str, list[str]]:
     "The values of the settings that differ, per run."
-    keys = dict.fromkeys(key for record in records for key in record.settings)
-    found = {key: [record.settings.get(key) for record in records] for key in keys}
+    found = {key: [r.settings.get(key) for r in records] for one in records for key in one.settings}
     differ = {key: row for key, row in found.items() if any(value != row[0] for value in row)}
     return {key: [shorten(value, str, 80) for value in row] for key, row in differ.items()}
 
@@ -139,7 +140,10 @@ def metric_differences(records: Sequence[RunRecord]) -> dict[str, list[str]]:
         shown = [f"{value:.3f}" if is_number(value) else "" for value in whole]
         texts, values = paired_values(records, key)
         pairs = [difference_text(row[None], values[:1]) if texts else "" for row in values[1:]]
-        if any(shown):
+        for i, record in enumerate(records):
+            if record.diverged:
+                shown[i], pairs = CROSS, [x if i and k != i else "" for k, x in enumerate(pairs, 1)]
+        if any(map(is_number, whole)):
             found[name] = shown + pairs
     return found
 
