@@ -14,6 +14,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
@@ -56,6 +58,13 @@ def write(path, content):
 
 
 # corpora that are read ---------------------------------------------------------------------------
+
+
+def parquet(**columns):
+    buffer = io.BytesIO()
+    pq.write_table(pa.table(columns), buffer)
+    return buffer.getvalue()
+
 
 TWO = [("a red car", "train"), ("a blue ball", "train")]
 VAL = [("a red car", "train"), ("a blue ball", "val")]
@@ -106,6 +115,9 @@ RIGHT = {  # name: content, prompts
     "splits.YAML": ("train:\n- a red car\nval:\n- a blue ball\n", VAL),
     "records.yaml": ("- prompt: a red car\n- {text: a blue ball, split: val}\n", VAL),
     "quoted.yaml": ('- "1984"\n- "a: b"\n', [("1984", "train"), ("a: b", "train")]),
+    "plain.parquet": (parquet(text=["a red car", None, "", " a blue ball\n"]), TWO),
+    "PLAIN.PARQUET": (parquet(Caption=["a red car", "a blue ball"], split=["train", "val"]), VAL),
+    "odd.parquet": (parquet(prompt=[ODD], text=["no"], more=[[1, 2]]), [(ODD, "train")]),
 }  # fmt: skip
 
 
@@ -261,6 +273,26 @@ WRONG = {  # name: content, words of the message
     "prompts.xlsx": (b"PK\x03\x04", "has the suffix '.xlsx'"),
     "rows.jsonl.gz": (b"\x1f\x8b", "has the suffix '.gz'"),
     "rows.parquet": (b"PAR1", "is no Parquet file"),
+    "text.parquet": ("a red car", "is no Parquet file"),
+    "empty.parquet": ("", "is no Parquet file"),
+    "none.parquet": (parquet(text=pa.array([], pa.string())), "no prompt to train on"),
+    "pipe.parquet": (fifo, "it is a pipe"),
+    "zero.parquet": (link("/dev/zero"), "it is a device"),
+    "folder.parquet": (Path.mkdir, "it is a folder"),
+    "huge.parquet": (sparse, "larger than 67 MB"),
+    "number.parquet": (parquet(text=[1984]), "row 1 is 1984: expected a text"),
+    "bytes.parquet": (parquet(text=[b"a"]), "row 1 is b'a': expected a text"),
+    "list.parquet": (
+        parquet(text=[["a"]]),
+        "has the columns text of lists: expected one of prompt",
+    ),
+    "column.parquet": (
+        parquet(name=["a"], id=[1]),
+        "has the columns name, id: expected one of prompt",
+    ),
+    "split.parquet": (parquet(text=["a"], split=["dev"]), "row 1 has split 'dev'"),
+    "null.parquet": (parquet(text=["a\0b"]), "null character"),
+    "long.parquet": (parquet(text=["x" * 10_001]), "10,001 characters"),
     "prompts": ("a red car", "has no suffix"),
     ".json": ('["a"]', "has no suffix"),
     "table.toml": ("a = 1", "has the suffix '.toml'"),

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SPLITS', 'TEXT_COLUMNS', 'MAX_PROMPT', 'Texts', 'MAX_CORPUS_BYTES', 'MAX_PROMPTS', 'CORPUS_SUFFIXES',
-           'check_prompt_text', 'no_text_column', 'entry_prompt', 'line_prompts', 'listed_prompts', 'table_rows',
-           'table_prompts', 'file_prompts', 'read_texts']
+           'check_prompt_text', 'entry_prompt', 'line_prompts', 'listed_prompts', 'table_rows', 'table_prompts',
+           'file_prompts', 'read_texts']
 
 # %% ../../nbs/70_training/05_corpus_files.ipynb #729d9cb4
 import csv
@@ -19,7 +19,7 @@ from ..core.files import check_regular_file, parse_json, read_text_file
 from ..core.files import shown_path, split_json_lines
 from ..core.settings import UsageError, shorten
 from ..core.yaml_files import read_yaml
-from .parquet_rows import parquet_rows
+from .parquet_rows import no_text_column, parquet_rows
 
 # %% ../../nbs/70_training/05_corpus_files.ipynb #5547a469
 SPLITS = ("train", "val", "test")
@@ -47,15 +47,6 @@ def check_prompt_text(text: Any, where: str) -> str:
     return text
 
 # %% ../../nbs/70_training/05_corpus_files.ipynb #7b74f486
-def no_text_column(where: str, found: Iterable[Any], names: Sequence[str]) -> UsageError:
-    "What to raise where none of the columns `found` is one of `names`."
-    expected = f"one of {', '.join(names)}" if len(names) > 1 else f"the column {names[0]}"
-    return UsageError(
-        f"{where} {shorten(', '.join(map(str, found)), str)}: expected {expected}, "
-        "or name its column (--column)"
-    )
-
-
 def entry_prompt(
     entry: Any,
     where: str,
@@ -175,7 +166,7 @@ def file_prompts(path: Path, column: str | None = None) -> Texts:
     if suffix in (".yaml", ".yml"):
         return listed_prompts(read_yaml(path, UsageError) or [], name, names)
     if suffix == ".parquet":
-        return line_prompts(parquet_rows(path, {*names, "split"}), name, names, "row")
+        return line_prompts(parquet_rows(path, names), name, names, "row")
     content = _corpus_text(path)
     if suffix in (".csv", ".tsv"):
         return table_prompts(content, name, "\t" if suffix == ".tsv" else ",;\t", names)
