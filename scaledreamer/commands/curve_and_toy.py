@@ -12,7 +12,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 import tyro
@@ -34,7 +34,7 @@ from ..toy.point_estimator import TrainsEstimator
 from ..toy.points import ring
 from ..toy.study import plot_final, plot_study, run_images, run_points, save_study
 from ..toy.toy_settings import ToySettings
-from ..training.corpora import load_corpus
+from ..training.corpora import CorpusSettings, load_corpus
 from ..training.method_defaults import readable_terms
 from ..training.train_settings import METHODS, TrainSettings, build_prior
 from ..widgets.point_experiment import toy_method
@@ -74,7 +74,10 @@ class Curve:
 
     out: Path  # result file to write, .json; its figure is written beside it as .png
     prior: str = "tiny-sd"  # 2D prior: tiny-sd, mixture, or a Stable Diffusion folder or hub id
-    corpus: str = "toybox-15"  # toybox-15, toybox-800, toybox-unseen, or a file such as prompts.txt
+    # toybox-15, toybox-800, toybox-100k, toybox-unseen; MG15, DF415, AT2520, DL17k, CP100k of the
+    # paper; or a file such as prompts.txt
+    corpus: str = "toybox-15"
+    corpus_settings: Annotated[CorpusSettings, tyro.conf.arg(name="")] = CorpusSettings()
     # images: Toybox renders with view words, samples of the prior (DDIM), or distilled by VSD
     images: Literal["renders", "samples", "vsd"] = "renders"
     each: int = 16  # images per prompt, from 1 to 4096
@@ -95,7 +98,7 @@ class Curve:
         best_device(self.device)
 
     def run(self) -> str:
-        prompts = load_corpus(self.corpus)
+        prompts = load_corpus(self.corpus, self.corpus_settings)
         texts = tuple(prompt.text for prompt in prompts if prompt.split == "train")
         timesteps = CurveProtocol(texts, self.each, self.timesteps, self.seed).timesteps()
         path = fresh(self.out)

@@ -8,6 +8,7 @@ __all__ = ['Embed', 'embed_corpus']
 # %% ../../nbs/90_commands/35_embed.ipynb #05e2ae0b
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated
 
 import tyro
 
@@ -35,8 +36,7 @@ class Embed:
     device: str = "cpu"  # cpu, cuda, cuda:1, mps, or auto for the best one of this machine
     # precision of the prior; embeddings of another precision are another store
     prior_settings: PriorSettings = field(default_factory=PriorSettings)
-    # how a file of prompts is read
-    corpus_settings: CorpusSettings = field(default_factory=CorpusSettings)
+    corpus_settings: Annotated[CorpusSettings, tyro.conf.arg(name="")] = CorpusSettings()
 
     @property
     def settings(self) -> TrainSettings:
