@@ -57,6 +57,10 @@ COMMANDS = {  # name: module and class, and what it does
         "curve_and_toy.Toy",
         "Compare distillation methods on 2D points or on images of a prior (Fig. 2).",
     ),
+}
+
+# %% ../../nbs/90_commands/40_cli.ipynb #b547b96e
+COMMANDS |= {
     "experiment": (
         "experiment.Experiment",
         "Run a named grid of trainings and collect the results of all in one table.",
