@@ -94,7 +94,7 @@ def read_heads(
     return entries, {name: np.concatenate([head[name] for head in heads]) for name in HEADS}
 
 # %% ../../nbs/30_prior/23_embedding_store.ipynb #f52760cd
-MAPPED_BYTES = 1 << 28  # most that stays mapped after it was read
+MAPPED_BYTES = 1 << 27  # most that stays mapped after it was read
 
 
 class EmbeddingStore:
