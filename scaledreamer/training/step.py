@@ -206,9 +206,7 @@ def distill_part(
     return StepPart(noise, rendering.rgb.detach(), latents.detach(), query, losses, metrics)
 
 # %% ../../nbs/70_training/40_step.ipynb #f0214ca3
-def step_parts(
-    run: Run, texts: RunTexts, batch: Batch, rng: torch.Generator
-) -> list[StepPart]:
+def step_parts(run: Run, texts: RunTexts, batch: Batch, rng: torch.Generator) -> list[StepPart]:
     "The parts of a step that this process computes; the gradients of all processes are added up."
     count, parts = run.settings.optim.accumulate, []
     first = run.world.rank * count
