@@ -11,6 +11,7 @@ import warnings
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -41,6 +42,15 @@ def _monitor() -> FiniteMonitor:
     return FiniteMonitor(f"the checkpoints are intact: {remedy}")
 
 
+def _texts_of(run: Any) -> RunTexts:
+    "Embeddings of the prompts to train on, by row: in memory, or read from a store."
+    texts = [prompt.text for prompt in run.train_prompts]
+    found = texts_in_memory(run.settings, run.prior, texts)
+    if found is None:
+        return stored_texts(run.settings, run.prior, texts, run.generator)
+    return found
+
+# %% ../../nbs/70_training/35_run.ipynb #5463fbbd
 @dataclass(eq=False)
 class Run:
     """A training run: its folder, its settings and the parts that are made from them.
@@ -75,14 +85,7 @@ class Run:
         "The prompts to train on."
         return [prompt for prompt in self.prompts if prompt.split == "train"]
 
-    @cached_property
-    def texts(self) -> RunTexts:
-        "Embeddings of the prompts to train on, by row: in memory, or read from a store."
-        texts = [prompt.text for prompt in self.train_prompts]
-        found = texts_in_memory(self.settings, self.prior, texts)
-        if found is None:
-            return stored_texts(self.settings, self.prior, texts, self.generator)
-        return found
+    texts = cached_property(_texts_of)
 
     def scene(self, texts: list[str] | TextEmbedding) -> Scene | DensityScene:
         "The scenes of any texts, as one batch, by the generator in evaluation mode."
@@ -121,9 +124,7 @@ def check_names(settings: TrainSettings, make_generator: MakeGenerator | None = 
     best_device(settings.device)
 
 # %% ../../nbs/70_training/35_run.ipynb #d5dfb431
-def longest_prompts(
-    prompts: list[str], texts: RunTexts, most: int = 64
-) -> list[str]:
+def longest_prompts(prompts: list[str], texts: RunTexts, most: int = 64) -> list[str]:
     "The prompts with the most tokens, or characters if the prior counts no tokens."
     if isinstance(texts, StoredTexts):
         sizes = torch.from_numpy(texts.words)
@@ -135,16 +136,13 @@ def longest_prompts(
 
 
 def check_prompt_lengths(
-    prior: Prior,
-    prompts: list[str],
-    texts: RunTexts,
-    settings: TrainSettings,
+    prior: Prior, prompts: list[str], texts: RunTexts, settings: TrainSettings
 ) -> None:
     "Raises `UsageError` for prompts that, with their view, are too long for the prior."
     longest = longest_prompts(prompts, texts)
     step_conditioning(prior, longest, orbit(1, prompts=len(longest)), settings)
 
-
+# %% ../../nbs/70_training/35_run.ipynb #46371d86
 def same_prompts(prompts: list[str], texts: RunTexts) -> list[list[str]]:
     "The groups of prompts whose embeddings are identical, so that they can only be one object."
     if isinstance(texts, StoredTexts):
