@@ -149,8 +149,7 @@ class EstimatorTrainer:
     ) -> Float[Tensor, ""]:  # the loss of the batches of all processes, before the step
         """One optimiser step, skipped on the device if the loss is not finite.
 
-        Without `only_if`, by which the caller counts such steps, it raises `RunError` on the CPU,
-        where this is known at once."""
+        Without `only_if`, by which the caller counts such steps, raises `RunError` on the CPU."""
         count, of, views = len(latents), parts * world.size, getattr(self.estimator, "views", 1)
         t, noise, with_camera = estimator_draws(schedule, latents, rng, drop, world.size, views)
         mine = slice(world.rank * count, (world.rank + 1) * count)
