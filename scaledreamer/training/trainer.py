@@ -71,11 +71,11 @@ def save_run(run: Run) -> None:
     run.monitor.flush({})
     _check_there(run)
     folder, keep = run.folder / "checkpoints", run.settings.save
-    if run.step in checkpoint_steps(folder):
-        return
-    sync_logs(run.folder / "metrics.jsonl", run.folder / RENDERS_FILE)
-    state = {"skipped": run.monitor.skipped} | ({"score": text_gain(run)} if keep.keep_best else {})
-    save_checkpoint(folder, run.step, run.generator, run.optimizer, run.estimator, state)
+    if run.step not in checkpoint_steps(folder):
+        sync_logs(run.folder / "metrics.jsonl", run.folder / RENDERS_FILE)
+        state = {"skipped": run.monitor.skipped}
+        state |= {"score": text_gain(run)} if keep.keep_best else {}
+        save_checkpoint(folder, run.step, run.generator, run.optimizer, run.estimator, state)
     prune_checkpoints(folder, keep.keep_checkpoints)
 
 # %% ../../nbs/70_training/50_trainer.ipynb #23a88ba7
@@ -88,10 +88,10 @@ def _after_step(run: Run) -> None:
         return
     run.monitor.flush({})  # raises if a step so far was not finite
     with run.world.together():
+        if validate and run.world.main:
+            save_picture(run)  # first: a run that is resumed has the pictures up to its checkpoint
         if checkpoint and run.world.main:
             save_run(run)
-        if validate and run.world.main:
-            save_picture(run)
 
 
 def _log(run: Run, metrics: LazyMetrics) -> dict[str, str]:
