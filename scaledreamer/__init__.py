@@ -32,7 +32,7 @@ _PUBLIC = {
     "training.train_settings": ("TrainSettings",),
     "training.trainer": ("open_run",),
     "eval.clip": ("ClipScorer",),
-    "sharing.hub": ("TextTo3D",),
+    "sharing.hub": ("SharedGenerator",),
     "view.mesh": ("extract_mesh", "save_mesh"),
     "view.mesh_page": ("save_mesh_page",),
     "view.run_comparison": ("compare_runs",),

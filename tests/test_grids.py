@@ -12,7 +12,7 @@ from scaledreamer.core.settings import UsageError
 from scaledreamer.grids.experiments import fronts, run_grid
 from scaledreamer.grids.grid import Grid, seed_axis
 from scaledreamer.grids.processes import read_outcome
-from scaledreamer.grids.results import read_results, results_table
+from scaledreamer.grids.results import read_grid_results, results_table
 from scaledreamer.training.presets import PRESETS
 
 SHORT = {"prompt": ["a red ball"], "resolution": 16, "steps": 4, "eval-views": 1}
@@ -52,7 +52,7 @@ def test_a_grid_that_is_killed_goes_on_and_has_the_same_table(tmp_path):
         assert (tmp_path / "grid" / name / "eval.json").stat().st_mtime_ns == stamp
     assert [(row["seed"], row["method"]) for row in rows] == [("0", "ASD"), ("0", "SDS")]
     assert all(0 <= row["volume_iou"] <= 1 and row["step"] == 4 for row in rows)
-    assert read_results(tmp_path / "grid" / "results.parquet") == rows
+    assert read_grid_results(tmp_path / "grid" / "results.parquet") == rows
     table = results_table(rows, "method", {"volume_iou": "IoU"}, control="ASD")
     assert table.count("\n") == 3 and "| SDS | 1 |" in table
 

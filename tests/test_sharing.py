@@ -16,7 +16,7 @@ import torch
 
 from scaledreamer.core.settings import UsageError
 from scaledreamer.core.tensors import make_rng
-from scaledreamer.sharing.hub import TextTo3D
+from scaledreamer.sharing.hub import SharedGenerator
 from scaledreamer.training.train_settings import TrainSettings
 from scaledreamer.training.trainer import open_run, run_training
 
@@ -96,9 +96,9 @@ def trained(tmp_path_factory):
 
 PUSH = """
 import sys
-from scaledreamer.sharing.hub import TextTo3D
-TextTo3D.from_run(sys.argv[1]).push_to_hub("user/name", token="hf_none")
-again = TextTo3D.from_pretrained("user/name", cache_dir=sys.argv[2], token="hf_none")
+from scaledreamer.sharing.hub import SharedGenerator
+SharedGenerator.from_run(sys.argv[1]).push_to_hub("user/name", token="hf_none")
+again = SharedGenerator.from_pretrained("user/name", cache_dir=sys.argv[2], token="hf_none")
 import torch
 print(again.scene(["a red ball"]).sdf(torch.full((1, 1, 3), 0.25)).item())
 """
@@ -128,7 +128,7 @@ def test_a_generator_is_pushed_and_pulled(trained, hub, tmp_path):
 
 
 def test_what_is_saved_is_a_run_folder(trained, tmp_path):
-    TextTo3D.from_run(trained).save_pretrained(tmp_path / "saved")
+    SharedGenerator.from_run(trained).save_pretrained(tmp_path / "saved")
     one, other = open_run(trained), open_run(tmp_path / "saved")
     points = torch.rand(1, 64, 3, generator=make_rng(0)) - 0.5
     for text in ("a red ball", "a blue cup", "a green ring"):
@@ -140,10 +140,10 @@ def test_a_generator_of_the_user_is_not_shared(trained, tmp_path):
     run = open_run(trained)
     run.settings = replace(run.settings, generator="mine")
     with pytest.raises(UsageError, match="nobody else could open"):
-        TextTo3D(run).save_pretrained(tmp_path)
+        SharedGenerator(run).save_pretrained(tmp_path)
 
 
 def test_a_folder_that_is_no_run_is_named(tmp_path):
     with pytest.raises(RuntimeError, match="is no run folder"):
-        TextTo3D.from_pretrained(tmp_path)
+        SharedGenerator.from_pretrained(tmp_path)
     assert not list(Path(tmp_path).iterdir())

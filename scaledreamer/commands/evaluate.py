@@ -19,7 +19,7 @@ from ..core.files import write_json_atomic
 from ..core.settings import Interval, check_ranges
 from ..core.tensors import machine
 from ..eval.clip import GENERAL_CLIP, SHIPPED_CLIP, ClipScorer, is_downloaded
-from ..eval.captures import SceneRenderer
+from ..eval.captures import VolumeRenderer
 from ..eval.report import evaluate_scenes
 from ..prior.base import Prior
 from ..toybox.captions import CORPORA
@@ -89,7 +89,7 @@ def evaluate_run(
         scorers,
         views=views,
         gallery=galleries,
-        renderer=SceneRenderer(run.settings.render),
+        renderer=VolumeRenderer(run.settings.render),
         device=run.settings.device,
         beta=run.settings.render.beta,
     )

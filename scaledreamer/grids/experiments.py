@@ -16,7 +16,7 @@ from ..core.folder_lock import check_unlocked, locked_folder
 from ..core.settings import RunError, UsageError
 from .grid import Grid, Training, option_words, seed_axis
 from .processes import Outcome, read_outcome, run_commands
-from .results import failure_row, training_rows, write_results
+from .results import failure_row, training_rows, write_grid_results
 
 # %% ../../nbs/87_grids/40_experiments.ipynb #bfb2e329
 FRONT_PROMPTS = tuple(
@@ -101,7 +101,7 @@ def run_grid(
 
     def save(name: str = "", outcome: Outcome | None = None) -> list[dict[str, Any]]:
         rows = grid_rows(folder, trainings)
-        write_results(folder / "results.parquet", rows)
+        write_grid_results(folder / "results.parquet", rows)
         return rows
 
     with locked_folder(folder):
