@@ -22,7 +22,7 @@ from scaledreamer.core.settings import RunError, UsageError
 from scaledreamer.prior import embedding_store
 from scaledreamer.prior.base import TextEmbedding
 from scaledreamer.prior.embedding_build import StoredTexts, TextEncoding, complete_store
-from scaledreamer.prior.embedding_store import EmbeddingStore, read_rows
+from scaledreamer.prior.embedding_store import EmbeddingStore, read_store_rows
 
 WINDOW, WIDTH, EACH = 8, 16, 64
 
@@ -78,7 +78,7 @@ def copy(whole, tmp_path) -> Path:
 def check_rows(store: EmbeddingStore, texts: list[str]) -> None:
     rows = store.find(texts)
     assert (rows >= 0).all()
-    found, exact = read_rows(store, rows), encode(texts)
+    found, exact = read_store_rows(store, rows), encode(texts)
     n = exact.tokens.shape[1]
     assert torch.equal(found.mask[:, :n], exact.mask) and not found.mask[:, n:].any()
     assert torch.equal(found.tokens[:, :n], exact.tokens.half().float())
@@ -325,7 +325,7 @@ def test_memory_stays_bounded_while_all_is_read(whole, monkeypatch):
     store._small, most = False, 0
     for i in range(100):
         rows = np.random.default_rng(i).integers(len(store), size=4)
-        read_rows(store, rows)
+        read_store_rows(store, rows)
         most = max(most, len(store._open))
     assert most < 10  # files are unmapped now and then
     check_rows(store, TEXTS)

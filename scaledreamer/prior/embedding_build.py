@@ -28,7 +28,7 @@ from .base import TextEmbedding
 from .embedding_shards import DamagedShard, shard_tensors, verify_shard
 from .embedding_shards import write_shard
 from .embedding_store import INDEX_FILE, SHARD_NAME, EmbeddingStore, StoreIndex
-from .embedding_store import read_index, read_rows, write_index
+from .embedding_store import read_index, read_store_rows, write_index
 
 # %% ../../nbs/30_prior/24_embedding_build.ipynb #dc72913c
 @dataclass(frozen=True)
@@ -219,7 +219,7 @@ class StoredTexts:
         index = index.cpu().numpy() if isinstance(index, Tensor) else index
         while True:
             try:
-                found = read_rows(self.store, self.rows[index])
+                found = read_store_rows(self.store, self.rows[index])
                 break
             except DamagedShard as error:
                 if error.file in self._rebuilt:

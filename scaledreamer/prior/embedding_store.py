@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['INDEX_FILE', 'SHARD_NAME', 'MAPPED_BYTES', 'StoreIndex', 'write_index', 'read_index', 'read_heads', 'EmbeddingStore',
-           'read_rows']
+           'read_store_rows']
 
 # %% ../../nbs/30_prior/23_embedding_store.ipynb #4ebcee6e
 import json
@@ -22,7 +22,7 @@ from ..core.disk import sync_to_disk
 from ..core.files import read_json, shown_path, write_json_atomic
 from ..core.settings import RunError, UsageError, from_json
 from .base import TextEmbedding
-from .embedding_shards import HEADS, KEY_BYTES, DamagedShard, ShardEntry
+from .embedding_shards import SHARD_HEADS, KEY_BYTES, DamagedShard, ShardEntry
 from .embedding_shards import open_shard, text_keys, verify_shard
 
 # %% ../../nbs/30_prior/23_embedding_store.ipynb #07f07e9e
@@ -87,11 +87,11 @@ def read_heads(
             warnings.warn(str(error), stacklevel=4)
             damaged.append(entry.file)
             continue
-        heads.append({name: found[name].numpy() for name in HEADS})
+        heads.append({name: found[name].numpy() for name in SHARD_HEADS})
         entries.append(entry)
     if not heads:
-        return [], {name: np.zeros((0, KEY_BYTES) if name == "keys" else 0, int) for name in HEADS}
-    return entries, {name: np.concatenate([head[name] for head in heads]) for name in HEADS}
+        return [], {name: np.zeros((0, KEY_BYTES) if name == "keys" else 0, int) for name in SHARD_HEADS}
+    return entries, {name: np.concatenate([head[name] for head in heads]) for name in SHARD_HEADS}
 
 # %% ../../nbs/30_prior/23_embedding_store.ipynb #f52760cd
 MAPPED_BYTES = 1 << 27  # most that stays mapped after it was read
@@ -113,7 +113,7 @@ class EmbeddingStore:
         keys = heads["keys"].astype(np.uint8).tobytes()
         self._keys = np.frombuffer(keys, dtype=f"V{KEY_BYTES}")
         self._order = np.argsort(self._keys, kind="stable")
-        self.states, self.words, self.same = (heads[name] for name in HEADS[1:])
+        self.states, self.words, self.same = (heads[name] for name in SHARD_HEADS[1:])
         self._first = np.cumsum([0, *(entry.rows for entry in self.entries)])  # row of each shard
         before = np.cumsum([0, *self.states])  # states, of the whole store
         shard = np.repeat(np.arange(len(self.entries)), np.diff(self._first))
@@ -156,7 +156,7 @@ def _tensors(store: EmbeddingStore, k: int) -> tuple[Tensor, Tensor]:
     return store._open[k]
 
 
-def read_rows(store: EmbeddingStore, rows: Sequence[int] | np.ndarray) -> TextEmbedding:
+def read_store_rows(store: EmbeddingStore, rows: Sequence[int] | np.ndarray) -> TextEmbedding:
     "Rows of a store in single precision, padded to the window with zeros. Raises `DamagedShard`."
     rows = np.asarray(rows)
     shards = (np.searchsorted(store._first, rows, side="right") - 1).tolist()
