@@ -353,7 +353,9 @@ def test_several_models_in_one_table(folder):
     first, second = ClipScorer.load(), ClipScorer.load(folder)
     options = {"views": 3, "size": 32, "gallery": {"toybox-800": ["a green ball"]}}
     both = evaluate_scenes(scene_of, PROMPTS[:2], [first, second], **options)
-    alone = [evaluate_scenes(scene_of, PROMPTS[:2], scorer, **options) for scorer in (first, second)]
+    alone = [
+        evaluate_scenes(scene_of, PROMPTS[:2], scorer, **options) for scorer in (first, second)
+    ]
     assert both["clip_models"] == ["tiny-clip", "untrained"] and both["clip_model"] == "tiny-clip"
     plain = lambda row: {k: v for k, v in row.items() if "(untrained)" not in k}
     for i in range(2):

@@ -11,7 +11,7 @@ import pytest
 from scaledreamer.core.settings import UsageError
 from scaledreamer.grids.experiments import fronts, run_grid
 from scaledreamer.grids.grid import Grid, seed_axis
-from scaledreamer.grids.processes import read_outcome
+from scaledreamer.grids.commands import read_outcome
 from scaledreamer.grids.results import read_grid_results, results_table
 from scaledreamer.training.presets import PRESETS
 

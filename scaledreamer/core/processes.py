@@ -77,7 +77,9 @@ def buckets(tensors: Sequence[Tensor], size: int = BUCKET) -> Iterator[list[Tens
         yield some
 
 
-ERROR_KINDS = {kind.__name__: kind for kind in (UsageError, RunError, KeyboardInterrupt, MemoryError)}
+ERROR_KINDS = {
+    kind.__name__: kind for kind in (UsageError, RunError, KeyboardInterrupt, MemoryError)
+}
 
 
 def error_words(error: BaseException | None) -> tuple[str, str] | None:

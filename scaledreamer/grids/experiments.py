@@ -15,7 +15,7 @@ from ..core.files import read_json, shown_path, write_json_atomic
 from ..core.folder_lock import check_unlocked, locked_folder
 from ..core.settings import RunError, UsageError
 from .grid import Grid, Training, option_words, seed_axis
-from .processes import Outcome, read_outcome, run_commands
+from .commands import Outcome, read_outcome, run_commands
 from .results import failure_row, training_rows, write_grid_results
 
 # %% ../../nbs/87_grids/40_experiments.ipynb #bfb2e329

@@ -45,7 +45,8 @@ SHARD_TYPES = {  # tensor: its precision and number of axes
     "tokens": (torch.float16, 2),
     "pooled": (torch.float16, 2),
 }
-SHARD_HEADS = ("keys", "states", "words", "same")  # a few bytes per text, read when a shard is opened
+# a few bytes per text, read when a shard is opened
+SHARD_HEADS = ("keys", "states", "words", "same")
 
 
 def _word_counts(text: TextEmbedding) -> Tensor:  # [b]

@@ -90,7 +90,8 @@ def read_heads(
         heads.append({name: found[name].numpy() for name in SHARD_HEADS})
         entries.append(entry)
     if not heads:
-        return [], {name: np.zeros((0, KEY_BYTES) if name == "keys" else 0, int) for name in SHARD_HEADS}
+        sizes = {name: (0, KEY_BYTES) if name == "keys" else 0 for name in SHARD_HEADS}
+        return [], {name: np.zeros(size, int) for name, size in sizes.items()}
     return entries, {name: np.concatenate([head[name] for head in heads]) for name in SHARD_HEADS}
 
 # %% ../../nbs/30_prior/23_embedding_store.ipynb #f52760cd

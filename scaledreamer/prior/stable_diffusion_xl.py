@@ -27,7 +27,7 @@ from .pipeline_fit import check_unet, check_vae, check_vocabulary, few_steps
 from .pipeline_fit import latent_sizes, model_names
 from .pipeline_index import sdxl_index
 from .pipeline_parts import load_network, load_scheduler
-from .pipelines import quiet, random_vae
+from .pipelines import random_vae
 from .pooled_text import PooledTexts, TextPart, load_clips, projected_states
 from .pooled_text import random_clips
 from .stable_diffusion import StableDiffusionPrior, prior_from_folder

@@ -60,7 +60,11 @@ def texts_in_memory(
 
 # %% ../../nbs/70_training/34_run_texts.ipynb #9bf7bf50
 def stored_texts(
-    settings: TrainSettings, prior: Prior, texts: Sequence[str], generator: nn.Module
+    settings: TrainSettings,
+    prior: Prior,
+    texts: Sequence[str],
+    generator: nn.Module,
+    show: bool = True,  # a progress bar
 ) -> StoredTexts:
     "Embeddings of texts in a store, which is made or completed. Raises `RunError` if none can be."
     padded = getattr(generator, "reads_padding", False)
@@ -70,7 +74,7 @@ def stored_texts(
             f"embeddings of prior {settings.prior} cannot be stored, because it does not name its "
             "text encoder: leave --embeddings out, or give the prior a text_identity"
         )
-    return StoredTexts(embeddings_root(settings), encoding, texts, settings.device, show=True)
+    return StoredTexts(embeddings_root(settings), encoding, texts, settings.device, show=show)
 
 # %% ../../nbs/70_training/34_run_texts.ipynb #3bf3168f
 SAMPLE = 512  # texts
