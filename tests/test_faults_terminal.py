@@ -195,7 +195,7 @@ def test_a_home_folder_in_every_path(monkeypatch, tmp_path, capsys):
     export = parse(["export", "~/run", "--prompt", "~ tilde", "--to", "~/m.glb"])
     assert (export.folder, export.to) == (tmp_path / "run", tmp_path / "m.glb")
     assert export.prompt == "~ tilde"
-    assert parse(["evaluate", "~/run", "--clip=~/clip"]).clip == f"{tmp_path}/clip"
+    assert parse(["evaluate", "~/run", "--clip=~/clip"]).clip == (f"{tmp_path}/clip",)
     weights = parse(["import-weights", "~/a.ckpt", "--out", "~/b"])
     assert (weights.file, weights.out) == (tmp_path / "a.ckpt", tmp_path / "b")
     assert path_options(Options) == {"json", "prior"}  # by type, or by the name of a text

@@ -190,7 +190,7 @@ def build(
     prior reads as one."""
     check_names(settings, make_generator)
     strict = not (trained or settings.corpus_settings.cut_prompts)
-    prior = prior or build_prior(settings, prompts, strict)
+    prior = prior or build_prior(settings, prompts, strict=strict)
     train_prompts = [prompt.text for prompt in prompts if prompt.split == "train"]
     texts = texts_in_memory(settings, prior, train_prompts)
     one = prior.encode_text(train_prompts[:1]) if texts is None else texts

@@ -16,7 +16,6 @@ from torch import nn
 from ..core.settings import RunError
 from ..prior.base import Prior, TextEmbedding
 from ..prior.embedding_build import StoredTexts
-from ..prior.text_encoding import text_encoding
 from .train_settings import TrainSettings
 
 # %% ../../nbs/70_training/34_run_texts.ipynb #3344edf4
@@ -52,6 +51,8 @@ def texts_in_memory(
     settings: TrainSettings, prior: Prior, texts: Sequence[str]
 ) -> TextEmbedding | None:
     "Embeddings of all texts; None where they are to be read from a store."
+    from scaledreamer.prior.text_encoding import text_encoding
+
     if settings.embeddings is not None:
         return None
     if fit_memory(prior, texts) or text_encoding(prior, settings.prior) is None:
@@ -67,6 +68,8 @@ def stored_texts(
     show: bool = True,  # a progress bar
 ) -> StoredTexts:
     "Embeddings of texts in a store, which is made or completed. Raises `RunError` if none can be."
+    from scaledreamer.prior.text_encoding import text_encoding
+
     padded = getattr(generator, "reads_padding", False)
     encoding = text_encoding(prior, settings.prior, padded)
     if encoding is None:

@@ -15,7 +15,8 @@ from ..core.settings import Interval, check_ranges
 class SaveSettings:
     "Which checkpoints a run keeps, and after how many skipped steps it ends as diverged."
 
-    keep_checkpoints: int | None = 10  # number of newest checkpoints to keep, from 2; None: all
+    # number of newest checkpoints to keep, from 2 to 10^8; None: all
+    keep_checkpoints: int | None = 10
     # keep also the checkpoint whose renders fit their prompts best, by the prior
     keep_best: bool = False
     # number of steps that may be skipped because a loss or gradient is not finite, from 0 to 10^8
