@@ -107,13 +107,32 @@ def kill_while_building(root: Path, seconds: float) -> bool:
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-def test_fifty_kills_at_random_instants_leave_the_same_store(whole, tmp_path):
+def in_a_new_process(function, *folders: Path) -> None:
+    "Call a function of this file in a process without threads, so that it may fork."
+    code = (
+        "import sys, pathlib, test_embedding_store as tests; "
+        "tests.TextEncoding.texts_per_shard = tests.EACH; "
+        f"tests.{function.__name__}(*map(pathlib.Path, sys.argv[1:]))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, *folders],
+        cwd=Path(__file__).parent,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def fifty_kills(whole: Path, folder: Path) -> None:
+    "Builds that are killed again and again; afterwards every store is the `whole` one."
     rng, killed, expected, n = random.Random(0), 0, content(whole), 0
     started = time.monotonic()
-    complete_store(tmp_path / "timed", ENCODING, TEXTS)
+    complete_store(folder / "timed", ENCODING, TEXTS)
     usual = time.monotonic() - started
     while killed < 50:
-        root = tmp_path / str(n := n + 1)
+        root = folder / str(n := n + 1)
         for _ in range(20):  # kills of one store until it is whole
             dead = kill_while_building(root, rng.uniform(0, 0.4 * usual))
             killed += dead
@@ -126,7 +145,10 @@ def test_fifty_kills_at_random_instants_leave_the_same_store(whole, tmp_path):
                 break
         complete_store(root, ENCODING, TEXTS)
         assert content(root) == expected
-    assert killed >= 50
+
+
+def test_fifty_kills_at_random_instants_leave_the_same_store(whole, tmp_path):
+    in_a_new_process(fifty_kills, whole, tmp_path)
 
 
 def interrupted_at(k: int):
@@ -162,7 +184,8 @@ def test_two_writers_do_not_write_at_once(whole, tmp_path):
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-def test_two_processes_that_want_the_same_texts_make_one_store(whole, tmp_path):
+def three_writers(whole: Path, folder: Path) -> None:
+    "Three processes that build one store at once."
     children = []
     for _ in range(3):
         child = os.fork()
@@ -170,13 +193,17 @@ def test_two_processes_that_want_the_same_texts_make_one_store(whole, tmp_path):
             code = 1
             try:
                 warnings.simplefilter("ignore")
-                check_rows(complete_store(tmp_path, ENCODING, TEXTS, wait=True), TEXTS)
+                check_rows(complete_store(folder, ENCODING, TEXTS, wait=True), TEXTS)
                 code = 0
             finally:
                 os._exit(code)
         children.append(child)
     assert [os.WEXITSTATUS(os.waitpid(child, 0)[1]) for child in children] == [0, 0, 0]
-    assert content(tmp_path) == content(whole)
+    assert content(folder) == content(whole)
+
+
+def test_three_processes_that_want_the_same_texts_make_one_store(whole, tmp_path):
+    in_a_new_process(three_writers, whole, tmp_path)
 
 
 def test_a_reader_goes_on_while_a_writer_adds(copy):

@@ -52,8 +52,9 @@ def _is_alive(process: int) -> bool:
 def remove_temporaries(folder: Path, age: float = 60.0) -> None:
     "Delete temporary files that killed processes left in a folder `age` seconds ago, or before."
     for path in folder.rglob(".*"):
-        found = re.fullmatch(r"\..+\.(\d+)(\.\w+)?", path.name)
-        if found and not _is_alive(int(found[1])):
+        # the second name is that of safetensors
+        found = re.fullmatch(r"\..+\.(\d+)(?:\.\w+)?|\.tmp\w{6}", path.name)
+        if found and not (found[1] and _is_alive(int(found[1]))):
             with suppress(OSError):
                 if path.is_file() and time.time() - path.stat().st_mtime >= age:
                     path.unlink()

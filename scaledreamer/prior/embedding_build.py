@@ -82,7 +82,8 @@ def writing_store(
         yield
 
 # %% ../../nbs/30_prior/24_embedding_build.ipynb #809734f7
-_PARTIAL = re.compile(r"\.(\d{6,9}|index)\.\d+\.(safetensors|json)")
+# temporary files: ours, and those of safetensors
+_PARTIAL = re.compile(r"\.(\d{6,9}|index)\.\d+\.(safetensors|json)|\.tmp\w{6}")
 
 
 def _set_aside(path: Path) -> None:
