@@ -32,7 +32,6 @@ _PUBLIC = {
     "training.train_settings": ("TrainSettings",),
     "training.trainer": ("open_run",),
     "eval.clip": ("ClipScorer",),
-    "commands.evaluate": ("evaluate",),
     "sharing.hub": ("SharedGenerator",),
     "view.mesh": ("extract_mesh", "save_mesh"),
     "view.mesh_page": ("save_mesh_page",),

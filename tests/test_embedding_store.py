@@ -110,7 +110,9 @@ def kill_while_building(root: Path, seconds: float) -> bool:
 def in_a_new_process(function, *folders: Path) -> None:
     "Call a function of this file in a process without threads, so that it may fork."
     code = (
-        "import sys, pathlib, test_embedding_store as tests; "
+        "import sys, pathlib, threading, tqdm, test_embedding_store as tests; "
+        "tqdm.tqdm.monitor_interval = 0; "
+        "tqdm.tqdm.set_lock(threading.RLock()); "  # that of processes dies with a killed one
         "tests.TextEncoding.texts_per_shard = tests.EACH; "
         f"tests.{function.__name__}(*map(pathlib.Path, sys.argv[1:]))"
     )
