@@ -35,18 +35,18 @@ PARTS = ("t", "t_shifted", "target", "unguided", "source", "weight", "gradient")
 
 def train_and_remember(folder, settings):
     "A run, and for each step the renders, latents and query of the training."
-    true, query_prior = {}, training.query_prior
+    started, shown, true, query_prior = [], {}, {}, training.query_prior
 
     def remember(run, batch, latents, step, rng):
-        true[step] = (
-            run.renders.flatten(0, 1),
-            latents.detach(),
-            query_prior(run, batch, latents, step, rng),
-        )
-        return true[step][2]
+        true[step] = latents.detach(), query_prior(run, batch, latents, step, rng)
+        return true[step][1]
+
+    def keep(step, _):
+        shown[step] = started[0].renders.flatten(0, 1)
 
     with mock.patch.object(training, "query_prior", remember):
-        return run_training(folder, settings, show=False), true
+        run = run_training(folder, settings, show=False, on_start=started.append, on_step=keep)
+    return run, {step: (shown[step], *true[step]) for step in true}
 
 
 @pytest.fixture(scope="module")
