@@ -14,8 +14,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-import nbformat
-
 ROOT = Path(__file__).resolve().parent.parent
 ARGUMENTS = (
     "--no-sandbox",
@@ -232,6 +230,8 @@ class Lab:
         if isinstance(source, Path):
             shutil.copy(source, target)
             return
+        import nbformat  # here: conftest imports this file where there is no Jupyter, too
+
         notebook = nbformat.v4.new_notebook()
         notebook.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3"}
         notebook.cells = [nbformat.v4.new_code_cell(cell) for cell in source]

@@ -27,6 +27,7 @@ from scaledreamer.kernels.hash_grid_reference import encode_torch, grid_levels, 
 from scaledreamer.field.scene import FogScene, SphereScene
 from scaledreamer.kernels.hash_grid_numba import encode_numba
 from fixtures import call_in_fork
+from test_triton_grid import needs_cuda
 
 SMALL = HashGridSettings(levels=5, log2_size=7, base=3, scale=1.7)
 
@@ -277,7 +278,7 @@ def test_refusals(wrong):
         wrong()
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@needs_cuda
 def test_the_oracle_on_cuda():
     grid, x = HashGrid(SMALL, "torch"), torch.rand(1000, 3, generator=make_rng(0))
     want = grid(x)

@@ -6,6 +6,8 @@ from dataclasses import FrozenInstanceError, replace
 import pytest
 import torch
 
+from test_triton_grid import needs_cuda
+
 from scaledreamer.generator.generator_checks import check_generator
 from scaledreamer.field.scene_checks import check_scene
 from scaledreamer.core.settings import UsageError, from_json, to_json
@@ -165,13 +167,15 @@ def test_dtype_and_device_follow_the_model():
     model, text = grown("residual").double(), texts(2)
     scene = model(text.to(torch.float64))
     assert scene.sdf(torch.rand(2, 3, 3).double()).dtype == torch.float64
-    if torch.cuda.is_available():
-        fast = grown("residual").cuda()
-        points = torch.rand(2, 300, 3)
-        expected = copy.deepcopy(fast).cpu()(text).sdf(points)
-        torch.testing.assert_close(
-            fast(text.to("cuda")).sdf(points.cuda()).cpu(), expected, rtol=1e-3, atol=1e-3
-        )
+
+
+@needs_cuda
+def test_a_scene_on_cuda():
+    fast, text, points = grown("residual").cuda(), texts(2), torch.rand(2, 300, 3)
+    expected = copy.deepcopy(fast).cpu()(text).sdf(points)
+    torch.testing.assert_close(
+        fast(text.to("cuda")).sdf(points.cuda()).cpu(), expected, rtol=1e-3, atol=1e-3
+    )
 
 
 def test_half_precision_text_and_autocast():

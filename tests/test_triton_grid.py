@@ -24,7 +24,12 @@ from scaledreamer.kernels.hash_grid_triton import assemble_grid, encode_triton
 needs_triton = pytest.mark.skipif(
     not find_spec("triton"), reason="triton is not installed (it is made for Linux)"
 )
-needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+
+
+def needs_cuda(test):
+    "A test that `pytest -m cuda` chooses, and that is skipped without a CUDA device."
+    skip = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+    return pytest.mark.cuda(skip(test))
 
 
 # in the interpreter ------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ import json
 import math
 import re
 import struct
+import sys
 
 import imageio_ffmpeg
 import numpy as np
@@ -251,6 +252,14 @@ def test_ffmpeg_that_fails_is_one_sentence(frames, tmp_path, monkeypatch):
     ):
         save_turntable(frames, tmp_path / "car.mp4")
     assert not list(tmp_path.iterdir())
+
+
+def test_without_ffmpeg_only_videos_are_refused(frames, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "imageio_ffmpeg", None)
+    with pytest.raises(RunError, match=r"imageio_ffmpeg.*: write a \.gif or"):
+        save_turntable(frames, tmp_path / "car.mp4")
+    save_turntable(frames, tmp_path / "car.gif")
+    assert [path.name for path in tmp_path.iterdir()] == ["car.gif"]
 
 
 def test_sheet(frames):
