@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from ..core.async_metrics import to_device
 from ..core.settings import UsageError
 from ..core.tensors import make_rng
 from ..field.background import SolidBackground
@@ -165,7 +166,7 @@ class Conv3D(TextTo3D):
     ):  # white when None
         super().__init__()
         s = self.settings = settings
-        self.noise = s.noise
+        self.noise, self.noise_on_cpu = s.noise, True  # layer noise is drawn by the numbers of z
         self.lr_scale = s.lr_scale
         self.mapping = Mapping(s.noise, s.text_width, s.mapped, s.mapping_layers)
         self.synthesis = Synthesis(s.channels, s.features, s.mapped, s.bias_side)
@@ -181,13 +182,15 @@ class Conv3D(TextTo3D):
     ) -> Float[Tensor, "b f s s s"]:
         "The features of each prompt; with layer noise in training mode only."
         c = text_vector(text, self.settings.pooling, self.settings.text_width)
-        z = self.fixed_z.expand(len(c), -1) if z is None else z.to(self.fixed_z)
+        z = self.fixed_z.expand(len(c), -1) if z is None else z
         if z.shape != (len(c), self.noise):
             raise UsageError(
                 f"z has shape {list(z.shape)}: expected [{len(c)}, {self.noise}], a row per prompt"
             )
-        noises = noise_of(z, self.synthesis.sides, self.training)
-        return self.settings.gain * self.synthesis(self.mapping(z, c), noises)
+        drawn = noise_of(z, self.synthesis.sides, self.training)
+        noises = [to_device(layer, self.fixed_z) for layer in drawn]
+        mapped = self.mapping(to_device(z, self.fixed_z), c)
+        return self.settings.gain * self.synthesis(mapped, noises)
 
     def forward(self, text: TextEmbedding, z: Float[Tensor, "b k"] | None = None) -> FieldScene:
         "Without `z` one fixed z for all prompts: the same scene each time."

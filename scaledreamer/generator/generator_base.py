@@ -51,6 +51,7 @@ class TextTo3D(nn.Module):
     lr_scale: float = 1.0  # factor on the learning rate of the settings
     # whether it reads the states behind the end of a text, which stores of embeddings then keep
     reads_padding: bool = False
+    noise_on_cpu: bool = False  # whether training gives z on the CPU, where its numbers are read
 
     def standardise(self, texts: TextEmbedding) -> None:
         """Called once before training with the texts of all training prompts, or with 512 of a

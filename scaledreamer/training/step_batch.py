@@ -85,7 +85,10 @@ def make_scenes(
     generator: nn.Module, texts: TextEmbedding, z: Float[Tensor, "b k"]
 ) -> Scene | DensityScene:
     "The scenes of a step's prompts, as one batch; `z` is read by generators of text and noise."
-    return generator(texts, to_device(z, texts.tokens)) if generator.noise else generator(texts)
+    if not generator.noise:
+        return generator(texts)
+    on_cpu = getattr(generator, "noise_on_cpu", False)
+    return generator(texts, z if on_cpu else to_device(z, texts.tokens))
 
 # %% ../../nbs/70_training/38_step_batch.ipynb #d52baed2
 def render_part(run: Run, texts: RunTexts, batch: Batch) -> tuple[Scene | DensityScene, Rendering]:
