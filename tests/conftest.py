@@ -3,7 +3,11 @@
 import ast
 import os
 import shutil
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
 
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # a processor for each worker
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("MPLBACKEND", "Agg")
@@ -33,6 +37,30 @@ def _is_unchecked(decorator: ast.expr) -> bool:
 
 _import_hook._is_no_type_check = _is_unchecked
 install_import_hook("scaledreamer", "runtime_types.check")
+
+
+@contextmanager
+def _locked(path: Path, alone: bool):
+    import fcntl
+
+    file = os.open(path, os.O_RDONLY)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
+        yield
+    finally:
+        fcntl.flock(file, fcntl.LOCK_UN)  # of a forked child too, which has the same file
+        os.close(file)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item):
+    "With several workers: a test marked `alone` waits until theirs end, and they wait for it."
+    with ExitStack() as held:
+        if "PYTEST_XDIST_WORKER" in os.environ:
+            alone = item.get_closest_marker("alone") is not None
+            with _locked(Path(__file__).parent, True):  # in turn: none starts while one waits
+                held.enter_context(_locked(Path(__file__), alone))
+        return (yield)
 
 
 @pytest.fixture

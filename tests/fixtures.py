@@ -1,4 +1,4 @@
-"Shared by the tests: seeded numbers, a mixture prior with known noise, its texts, a forked call."
+"Shared by the tests: seeded numbers, a mixture prior, its texts, a short training, a forked call."
 
 import multiprocessing
 from dataclasses import fields
@@ -8,6 +8,7 @@ import torch
 from scaledreamer.core.tensors import make_rng
 from scaledreamer.prior.base import Conditioning
 from scaledreamer.prior.mixture import MixturePrior
+from scaledreamer.training.train_settings import TrainSettings
 
 DOUBLE = torch.float64
 SHAPE = (3, 4, 4)
@@ -54,6 +55,14 @@ def rows(text, index):
     "The conditioning of the images `index`, in that order."
     parts = (getattr(text, field.name) for field in fields(text))
     return Conditioning(*(None if part is None else part[index] for part in parts))
+
+
+def two_prompts(folder, **options):
+    "Settings of a training of a few small steps on two prompts, whose file is made in `folder`."
+    corpus = folder / "two.json"
+    corpus.write_text('["a red ball", "a blue cube"]', encoding="utf-8")
+    small = dict(prior="mixture", generator="ingp", prompts_per_step=1, resolution=8, log_every=1)
+    return TrainSettings(corpus=str(corpus), **small | options)
 
 
 def _send_result(function, arguments, connection):

@@ -131,6 +131,7 @@ def test_what_is_damaged_is_said_and_the_rest_is_shown(finished, tmp_path):
     assert "config.json is not JSON" in source.read().message
 
 
+@pytest.mark.alone
 def test_a_large_run_stays_small(finished, tmp_path):
     "100,000 prompts and 50,000 logged steps: the page gets one page of prompts, 500 points."
     folder = tmp_path / "run"
@@ -154,6 +155,7 @@ def test_a_large_run_stays_small(finished, tmp_path):
     assert len(json.dumps(board.panel.head)) < 2_000
 
 
+@pytest.mark.alone
 def test_dashboards_of_two_jobs_and_at_most_four_updates_a_second(tmp_path):
     jobs = [TrainingJob(tmp_path / name, replace(TINY, steps=100_000)) for name in "ab"]
     boards = [Dashboard(JobSource(job)) for job in (*jobs, jobs[0])]
@@ -271,6 +273,7 @@ def share_of_speed(page, seconds: float = 2.0, turns: int = 3) -> tuple[float, f
     return rate(1), rate(2)
 
 
+@pytest.mark.alone
 def test_a_job_in_jupyterlab(browser, lab, tmp_path):
     "Watch, move a slider, pause, reload, resume, look at a step, stop; then without a kernel."
     with lab.notebook(browser, tmp_path, [TRAIN, SLIDER, "board", "watch('nothing')"]) as page:

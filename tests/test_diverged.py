@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from fixtures import two_prompts
 
 from scaledreamer.commands import evaluate
 from scaledreamer.commands.cli import run_command
@@ -18,7 +19,6 @@ from scaledreamer.training.optimizer_state import optimizer_tensors
 from scaledreamer.training.run import build
 from scaledreamer.training.run_logs import read_rows
 from scaledreamer.training.save_settings import SaveSettings
-from scaledreamer.training.train_settings import TrainSettings
 from scaledreamer.training.trainer import open_run, run_training
 from scaledreamer.view.run_comparison import metric_differences, read_record
 
@@ -29,20 +29,9 @@ pytestmark = pytest.mark.filterwarnings(
 
 @pytest.fixture(scope="module")
 def settings(tmp_path_factory):
-    corpus = tmp_path_factory.mktemp("corpus") / "two.json"
-    corpus.write_text('["a red ball", "a blue cube"]')
-    return TrainSettings(
-        prior="mixture",
-        corpus=str(corpus),
-        generator="ingp",
-        steps=6,
-        prompts_per_step=1,
-        resolution=8,
-        log_every=1,
-        validate_every=99,
-        checkpoint_every=2,
-        save=SaveSettings(max_skipped_steps=2),
-    )
+    folder = tmp_path_factory.mktemp("corpus")
+    save = SaveSettings(max_skipped_steps=2)
+    return two_prompts(folder, steps=6, validate_every=99, checkpoint_every=2, save=save)
 
 
 @pytest.fixture

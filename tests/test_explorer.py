@@ -75,6 +75,7 @@ def test_what_is_drawn_is_what_training_draws(pair):
     assert set(fixed.draws) == {620 + 150}
 
 
+@pytest.mark.alone
 def test_a_slider_move_takes_the_kernel_less_than_100_ms(pair):
     "Curves of 240 images at 100 timesteps; the median, because the machine may be busy."
     many = ErrorCurve(torch.arange(0, 1000, 10), torch.rand(240, 100), "x", ("a",) * 240)

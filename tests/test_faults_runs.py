@@ -21,6 +21,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from fixtures import two_prompts
 from PIL import Image
 
 from scaledreamer.commands import cli, evaluate
@@ -37,7 +38,7 @@ from scaledreamer.training import run as run_module
 from scaledreamer.training.checkpoints import checkpoint_steps
 from scaledreamer.training.run_folder import read_run_settings
 from scaledreamer.training.run_logs import read_rows
-from scaledreamer.training.train_settings import TrainSettings, build_prior
+from scaledreamer.training.train_settings import build_prior
 from scaledreamer.training.trainer import open_run, run_training
 from scaledreamer.view import run_report
 
@@ -47,20 +48,8 @@ posix = pytest.mark.skipif(os.name != "posix", reason="pipes, links and signals 
 
 @pytest.fixture(scope="module")
 def settings(tmp_path_factory):
-    corpus = tmp_path_factory.mktemp("corpus") / "two.json"
-    texts = ["a red ball", "a blue cube"]
-    corpus.write_text(json.dumps(texts), encoding="utf-8")
-    return TrainSettings(
-        prior="mixture",
-        corpus=str(corpus),
-        generator="ingp",
-        steps=STEPS,
-        prompts_per_step=1,
-        resolution=8,
-        log_every=1,
-        validate_every=2,
-        checkpoint_every=2,
-    )
+    folder = tmp_path_factory.mktemp("corpus")
+    return two_prompts(folder, steps=STEPS, validate_every=2, checkpoint_every=2)
 
 
 @pytest.fixture(scope="module")

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from fixtures import two_prompts
 
 from scaledreamer.core.settings import to_json
 from scaledreamer.training.checkpoints import checkpoint_steps
@@ -31,16 +32,9 @@ STEPS = 5
 
 @pytest.fixture(scope="module")
 def settings(tmp_path_factory):
-    corpus = tmp_path_factory.mktemp("corpus") / "two.json"
-    corpus.write_text('["a red ball", "a blue cube"]', encoding="utf-8")
-    return TrainSettings(
-        prior="mixture",
-        corpus=str(corpus),
-        generator="ingp",
+    return two_prompts(
+        tmp_path_factory.mktemp("corpus"),
         steps=STEPS,
-        prompts_per_step=1,
-        resolution=8,
-        log_every=1,
         validate_every=3,
         checkpoint_every=1,
         save=SaveSettings(keep_checkpoints=2),

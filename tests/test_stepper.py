@@ -84,6 +84,7 @@ def test_a_recording_is_that_of_the_lockstep_with_the_same_settings():
         assert torch.equal(alone.points[name], run.points[name])
 
 
+@pytest.mark.alone
 def test_a_frame_takes_the_kernel_less_than_50_ms():
     "Four methods of 2,000 particles; the median, because the machine may be busy."
     run = RandomParticles()

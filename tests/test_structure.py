@@ -145,6 +145,7 @@ def test_exported_lines_have_at_most_100_columns():
     assert not long, "\n".join(long)
 
 
+@pytest.mark.alone
 def test_importing_the_package_is_fast():
     script = (
         "import time; t = time.perf_counter(); import scaledreamer; print(time.perf_counter() - t)"
