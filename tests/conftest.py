@@ -54,10 +54,11 @@ def _locked(path: Path, alone: bool):
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item):
-    "With several workers: a test marked `alone` waits until theirs end, and they wait for it."
+    """With several workers: a test marked `alone`, or one in a browser, waits until theirs end,
+    and they wait for it."""
     with ExitStack() as held:
         if "PYTEST_XDIST_WORKER" in os.environ:
-            alone = item.get_closest_marker("alone") is not None
+            alone = "browser" in item.fixturenames or bool(item.get_closest_marker("alone"))
             with _locked(Path(__file__).parent, True):  # in turn: none starts while one waits
                 held.enter_context(_locked(Path(__file__), alone))
         return (yield)

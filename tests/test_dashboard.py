@@ -273,7 +273,6 @@ def share_of_speed(page, seconds: float = 2.0, turns: int = 3) -> tuple[float, f
     return rate(1), rate(2)
 
 
-@pytest.mark.alone
 def test_a_job_in_jupyterlab(browser, lab, tmp_path):
     "Watch, move a slider, pause, reload, resume, look at a step, stop; then without a kernel."
     with lab.notebook(browser, tmp_path, [TRAIN, SLIDER, "board", "watch('nothing')"]) as page:

@@ -81,7 +81,6 @@ def test_a_wheel_has_every_file_of_the_notebooks(installed):
         assert (installed / "scaledreamer/assets/notebooks" / path[4:]).is_file(), path
 
 
-@pytest.mark.alone
 def test_from_the_command_to_a_finished_tour(browser, installed, tmp_path):
     begun = time.monotonic()
     with started(tmp_path, installed) as (process, address), watched(browser, tmp_path) as page:

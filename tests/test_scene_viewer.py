@@ -331,7 +331,6 @@ def wanted_rate(pictures: float = 10.0) -> float:
     return pictures * min(1.0, 2 * processors / max(load, 1e-9))
 
 
-@pytest.mark.alone
 def test_a_scene_is_orbited_in_a_lab(lab, browser, tmp_path, run):
     "Drag at ten pictures per second; keys, wheel, modes, prompts, a second output, a reload."
     cells = [

@@ -544,7 +544,9 @@ def far_off(found: dict[str, object]) -> list[str]:
 if __name__ == "__main__":
     found, device = {}, next(iter(sys.argv[1:]), None)
     if device:
-        encode_triton, decode_triton = (on_device(f, device) for f in (encode_triton, decode_triton))
+        encode_triton, decode_triton = (
+            on_device(f, device) for f in (encode_triton, decode_triton)
+        )
         CASES = {name: function for name, function in CASES.items() if name not in ON_THE_CPU}
     hash_grid_triton.GRID_BLOCK = 512
     for name, function in CASES.items():
