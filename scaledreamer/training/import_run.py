@@ -16,14 +16,21 @@ from ..core.tensors import best_device
 from ..distill.distill_settings import DistillSettings
 from ..release.import_weights import Imported, import_weights
 from .checkpoints import save_checkpoint
-from .corpora import load_corpus
+from .corpora import CorpusSettings
 from .presets import paper
 from .run import Run, build
 from .run_folder import check_run_folder, start_folder
+from .run_prompts import training_prompts
 from .train_settings import TrainSettings
 
 # %% ../../nbs/70_training/60_import_run.ipynb #85c62299
-def import_settings(found: Imported, prior: str, corpus: str, device: str = "cpu") -> TrainSettings:
+def import_settings(
+    found: Imported,
+    prior: str,
+    corpus: str,
+    device: str = "cpu",
+    corpus_settings: CorpusSettings = CorpusSettings(),  # how the corpus is read
+) -> TrainSettings:
     "The settings of the run folder that imported weights get."
     start = paper()
     render = replace(start.render, normals="none")
@@ -35,6 +42,7 @@ def import_settings(found: Imported, prior: str, corpus: str, device: str = "cpu
         start,
         prior=prior,
         corpus=corpus,
+        corpus_settings=corpus_settings,
         device=str(best_device(device)),
         generator=found.release.word,
         released=found.settings,
@@ -69,12 +77,14 @@ def import_run(
     device: str = "cpu",
     heads: int | None = None,  # attention heads of a Triplane-Transformer
     config: str | Path | None = None,  # its parsed.yaml; None: the one beside it, if there is one
+    corpus_settings: CorpusSettings = CorpusSettings(),  # how the corpus is read
 ) -> tuple[Run, Imported]:
     """A run folder with the weights of a released checkpoint.
 
     Raises `UsageError` or `RunError` if it cannot be made."""
     found, folder = import_weights(path, heads, config), Path(out)
-    settings, prompts = import_settings(found, prior, corpus, device), load_corpus(corpus)
+    settings = import_settings(found, prior, corpus, device, corpus_settings)
+    prompts = training_prompts(settings)
     check_run_folder(folder, settings, prompts, resume=False)
     run = build(folder, settings, prompts)
     run.generator.load_state_dict(found.generator.state_dict())
