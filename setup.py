@@ -50,6 +50,7 @@ setup(
     extras_require={
         "lab": lab,
         "texture": cfg["texture_requirements"].split(),
+        "lpips": cfg["lpips_requirements"].split(),
         "dev": cfg["dev_requirements"].split(),
     },
     entry_points={

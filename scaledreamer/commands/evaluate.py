@@ -7,8 +7,9 @@ __all__ = ['EVALUATED_PROMPTS', 'SUMMARY', 'training_cost', 'evaluated_prompts',
            'evaluate_run', 'summary', 'evaluate', 'Evaluate']
 
 # %% ../../nbs/90_commands/32_evaluate.ipynb #a8979d08
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,7 @@ from ..core.settings import Interval, check_ranges
 from ..core.tensors import machine
 from ..eval.clip import GENERAL_CLIP, SHIPPED_CLIP, ClipScorer, is_downloaded
 from ..eval.captures import VolumeRenderer
+from ..eval.perceptual import LPIPSNetwork, load_lpips, lpips
 from ..eval.report import evaluate_scenes
 from ..prior.base import Prior
 from ..toybox.captions import CORPORA
@@ -96,6 +98,7 @@ def evaluate_run(
     scorers: ClipScorer | Sequence[ClipScorer] | None,
     views: int = 120,  # per prompt
     max_prompts: int = EVALUATED_PROMPTS,
+    perceptual: Callable[[torch.Tensor, torch.Tensor], float] | None = None,  # LPIPS of images
 ) -> dict:
     """Evaluate a run; write `eval.json`, views, meshes and `report.html` in its folder.
 
@@ -118,6 +121,7 @@ def evaluate_run(
         renderer=VolumeRenderer(run.settings.render),
         device=run.settings.device,
         beta=run.settings.render.beta,
+        perceptual=perceptual,
     )
     cost = training_cost(run.folder / "sessions.jsonl")
     result = {"step": run.step} | metrics | cost | {"machine": machine()}
@@ -141,6 +145,7 @@ SUMMARY = {
     "front_right": "one right front",
     "janus": "Janus",
     "lost": "lost",
+    "lpips": "LPIPS",
 }
 
 
@@ -165,14 +170,17 @@ def evaluate(
     clip: Sequence[str] = (),
     views: int = 120,
     max_prompts: int = EVALUATED_PROMPTS,
+    lpips_network: LPIPSNetwork | None = None,  # None: without LPIPS
 ) -> dict:
     """Evaluate a run or its folder by CLIP models, as named in `--clip`; none: as fits the prior.
 
     Returns what is in `eval.json`."""
     run = run if isinstance(run, Run) else open_run(Path(run))
     names = (clip,) if isinstance(clip, str) else clip
-    scorers = named_scorers(names, run.settings.device)
-    return evaluate_run(run, scorers_for(run, scorers, max_prompts), views, max_prompts)
+    device = run.settings.device
+    perceptual = lpips_network and partial(lpips, load_lpips(lpips_network, device))
+    scorers = scorers_for(run, named_scorers(names, device), max_prompts)
+    return evaluate_run(run, scorers, views, max_prompts, perceptual)
 
 # %% ../../nbs/90_commands/32_evaluate.ipynb #e60acf77
 @dataclass(frozen=True)
@@ -187,6 +195,9 @@ class Evaluate:
     # one table, tiny-clip first. None given: tiny-clip for a prior of Toybox, otherwise
     # ViT-L-14:openai if it was downloaded before
     clip: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    # network of torchvision for LPIPS to the true views, which the first use downloads; None:
+    # without LPIPS. Needs torchmetrics
+    lpips: LPIPSNetwork | None = None
     # folder or hub id of the prior, where it is now; None: as the run folder says
     prior: str | None = None
 
@@ -200,5 +211,5 @@ class Evaluate:
     def run(self) -> str:
         run = open_run(self.folder, prior=self.prior)
         check_place(self.folder, "the run folder")
-        print(summary(evaluate(run, self.clip, self.views, self.max_prompts)))
+        print(summary(evaluate(run, self.clip, self.views, self.max_prompts, self.lpips)))
         return f"evaluation: {self.folder / 'eval.json'}"

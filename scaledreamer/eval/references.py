@@ -8,6 +8,7 @@ __all__ = ['summarise', 'intervals', 'reference_metrics', 'reference_summary']
 # %% ../../nbs/75_eval/30_references.ipynb #6daf1618
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from jaxtyping import Float
@@ -43,6 +44,7 @@ def reference_metrics(
     rendered: Sequence[Capture | None],  # the truths as the renderer shows them
     texts: Sequence[str],
     encode: Callable[[Float[Tensor, "v 3 h w"]], Float[Tensor, "v d"]] | None,  # None: no CLIP
+    perceptual: Callable[[Tensor, Tensor], float] | None = None,  # LPIPS of images; None: without
 ) -> list[dict[str, dict[str, Any]]]:
     "For every prompt, the metrics of the `prediction`, the `truth` and by `chance`, with features."
     if encode:
@@ -53,9 +55,10 @@ def reference_metrics(
         row = {name: dict.fromkeys(VIEW_METRICS) for name in ("prediction", "truth", "chance")}
         others = [x for x in (*truths[i + 1 :], *truths[:i]) if x is not None]
         if true is not None:
-            row["prediction"] = view_metrics(one, true, text)
-            row["truth"] = view_metrics(rendered[i], true, text)
-            row["chance"] = view_metrics(others[0], true, text) if others else row["chance"]
+            measure = partial(view_metrics, true=true, text=text, perceptual=perceptual)
+            row["prediction"] = measure(one)
+            row["truth"] = measure(rendered[i])
+            row["chance"] = measure(others[0]) if others else row["chance"]
         rows.append(row | {"features": (one.features, true and true.features)})
     return rows
 

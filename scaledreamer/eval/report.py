@@ -121,6 +121,7 @@ def evaluate_group(
     renderer: Renderer,
     beta: float = RenderSettings().beta,  # of the renderer, world units
     device: torch.device = torch.device("cpu"),  # of the scene
+    perceptual: Callable[[Tensor, Tensor], float] | None = None,  # LPIPS of images; None: without
 ) -> list[dict[str, Any]]:
     "A row per prompt, with `reference`. Raises `RunError` for images that are not finite."
     seen = renderer(scene, orbit(views, prompts=len(prompts)).to(device), size)
@@ -137,7 +138,7 @@ def evaluate_group(
         captured = capture_group(scene, truths, outlined, size, renderer, seen, device)
         encode = columns[0].scorer.image_features if columns else None
         true = ([x and getattr(x, name) for x in known] for name in ("exact", "rendered"))
-        references = reference_metrics(captured, *true, texts, encode)
+        references = reference_metrics(captured, *true, texts, encode, perceptual)
     rows = []
     for i, prompt in enumerate(prompts):
         images, opacity = seen.rgb[i], seen.opacity[i, :, 0].cpu()
@@ -158,6 +159,7 @@ def evaluate_scenes(
     at_once: int = 4,  # prompts in memory
     device: str | torch.device = "cpu",  # of the scenes
     beta: float = RenderSettings().beta,  # of the renderer, world units
+    perceptual: Callable[[Tensor, Tensor], float] | None = None,  # LPIPS of images; None: without
 ) -> dict[str, Any]:
     """All metrics of `eval.json`, and the rows of `per_prompt` behind them.
 
@@ -177,8 +179,8 @@ def evaluate_scenes(
         group = prompts[start : start + at_once]
         with torch.no_grad():
             scene = scene_of([prompt.text for prompt in group])
-        place = torch.device(device)
-        rows += evaluate_group(scene, group, columns, views, size, renderer, beta, place)
+        how = renderer, beta, torch.device(device), perceptual
+        rows += evaluate_group(scene, group, columns, views, size, *how)
         if progress is not None:
             progress(len(rows), len(prompts))
     about = describe_columns(columns) | {"n_views": views, "image_size": size}

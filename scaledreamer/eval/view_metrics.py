@@ -7,6 +7,7 @@ __all__ = ['FRONT_VIEWS', 'CELL', 'ELEVATION_METRICS', 'VIEW_METRICS', 'Capture'
 
 # %% ../../nbs/75_eval/28_view_metrics.ipynb #7e397b78
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -64,6 +65,7 @@ VIEW_METRICS = (
     "psnr",
     "ssim",
     "clip_distance",
+    "lpips",
     "volume_iou_picture",
     "f_score",
     "chamfer_picture",
@@ -73,7 +75,12 @@ VIEW_METRICS = (
 )
 
 
-def view_metrics(found: Capture, true: Capture, text: str) -> dict[str, float | None]:
+def view_metrics(
+    found: Capture,
+    true: Capture,
+    text: str,
+    perceptual: Callable[[Tensor, Tensor], float] | None = None,  # LPIPS of images; None: without
+) -> dict[str, float | None]:
     "Metrics of one capture against that of the true object; None where one does not apply."
     mask = true.opacity[:, 0] > 0.5
     distance = None
@@ -92,6 +99,7 @@ def view_metrics(found: Capture, true: Capture, text: str) -> dict[str, float | 
         "psnr": psnr(found.rgb, true.rgb),
         "ssim": ssim(found.rgb, true.rgb),
         "clip_distance": distance,
+        "lpips": perceptual and perceptual(found.rgb, true.rgb),
         "volume_iou_picture": float(iou(found.grid.flatten() < 0, true.grid.flatten() < 0)),
         "f_score": f_score(*surfaces),
         "chamfer_picture": None if math.isnan(between) else between,
