@@ -44,7 +44,7 @@ def reference_metrics(
     rendered: Sequence[Capture | None],  # the truths as the renderer shows them
     texts: Sequence[str],
     encode: Callable[[Float[Tensor, "v 3 h w"]], Float[Tensor, "v d"]] | None,  # None: no CLIP
-    perceptual: Callable[[Tensor, Tensor], float] | None = None,  # LPIPS of images; None: without
+    perceptual: Callable[[Tensor, Tensor], float] | None = None,  # LPIPS; None: without
 ) -> list[dict[str, dict[str, Any]]]:
     "For every prompt, the metrics of the `prediction`, the `truth` and by `chance`, with features."
     if encode:

@@ -121,7 +121,7 @@ def evaluate_group(
     renderer: Renderer,
     beta: float = RenderSettings().beta,  # of the renderer, world units
     device: torch.device = torch.device("cpu"),  # of the scene
-    perceptual: Callable[[Tensor, Tensor], float] | None = None,  # LPIPS of images; None: without
+    perceptual: Callable[[Tensor, Tensor], float] | None = None,  # LPIPS; None: without
 ) -> list[dict[str, Any]]:
     "A row per prompt, with `reference`. Raises `RunError` for images that are not finite."
     seen = renderer(scene, orbit(views, prompts=len(prompts)).to(device), size)
@@ -159,7 +159,7 @@ def evaluate_scenes(
     at_once: int = 4,  # prompts in memory
     device: str | torch.device = "cpu",  # of the scenes
     beta: float = RenderSettings().beta,  # of the renderer, world units
-    perceptual: Callable[[Tensor, Tensor], float] | None = None,  # LPIPS of images; None: without
+    perceptual: Callable[[Tensor, Tensor], float] | None = None,  # LPIPS; None: without
 ) -> dict[str, Any]:
     """All metrics of `eval.json`, and the rows of `per_prompt` behind them.
 

@@ -79,7 +79,7 @@ def view_metrics(
     found: Capture,
     true: Capture,
     text: str,
-    perceptual: Callable[[Tensor, Tensor], float] | None = None,  # LPIPS of images; None: without
+    perceptual: Callable[[Tensor, Tensor], float] | None = None,  # LPIPS; None: without
 ) -> dict[str, float | None]:
     "Metrics of one capture against that of the true object; None where one does not apply."
     mask = true.opacity[:, 0] > 0.5
