@@ -74,7 +74,7 @@ VIEW_METRICS = (
     *ELEVATION_METRICS,
 )
 
-
+# %% ../../nbs/75_eval/28_view_metrics.ipynb #7780d3f6
 def view_metrics(
     found: Capture,
     true: Capture,

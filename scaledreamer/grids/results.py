@@ -117,7 +117,7 @@ def _reference_lines(
             wide = [part for cell in cells for part in ([cell, ""] if compared else [cell])]
             yield f"| {' | '.join([name, '', '', *wide])} |"
 
-
+# %% ../../nbs/87_grids/30_results.ipynb #bc934a33
 def results_table(
     rows: Sequence[Mapping[str, Any]],
     axis: str,
