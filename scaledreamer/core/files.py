@@ -161,9 +161,11 @@ def read_regular_file(
     return _read(path, error, remedy, most, most + 1)
 
 
-def check_regular_file(path: str | Path, error: type[Exception] = RunError) -> None:
+def check_regular_file(
+    path: str | Path, error: type[Exception] = RunError, remedy: str | None = None
+) -> None:
     "Raises `error` unless `path` is a regular file, of any size, that can be read."
-    _read(path, error, None, 1 << 62, 1)
+    _read(path, error, remedy, 1 << 62, 1)
 
 # %% ../../nbs/10_core/20_files.ipynb #5a1c0e12
 def read_text_file(
