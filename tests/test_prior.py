@@ -297,7 +297,7 @@ def test_files_cut_short_are_named(pipeline, tmp_path):
         (file,) = (folder / part).glob("*.safetensors")
         file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
         with pytest.raises(
-            RunError, match=f"{part}/{file.name} is damaged .*: copy or download it again"
+            RunError, match=f"{part}/{file.name} is no whole safetensors file .*: copy or download"
         ):
             StableDiffusionPrior.from_pretrained(folder)
 

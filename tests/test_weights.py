@@ -30,7 +30,7 @@ from scaledreamer.release.import_weights import import_weights
 from scaledreamer.release.released_weights import RELEASES, ReleasedSettings
 from scaledreamer.prior.base import TextEmbedding
 from scaledreamer.rendering.volume import render
-from scaledreamer.training.checkpoints import read_tensors
+from scaledreamer.core.tensor_files import read_tensors
 from scaledreamer.training.corpora import CorpusSettings
 from scaledreamer.training.import_run import import_settings
 from scaledreamer.training.trainer import open_run, run_training

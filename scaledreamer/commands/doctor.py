@@ -13,9 +13,11 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+
 
 from ..core.assets import asset
+from ..core.settings import RunError
+from ..core.tensor_files import open_tensors
 from ..core.tensors import devices
 from ..field.decoders import decoder_code
 from ..field.hash_grid import auto_backend
@@ -24,9 +26,9 @@ from ..field.hash_grid import auto_backend
 def can_open(file: Path) -> bool:
     "Whether a safetensors file can be opened."
     try:
-        with safe_open(file, "np"):
+        with open_tensors(file):
             return True
-    except (OSError, SafetensorError):
+    except RunError:
         return False
 
 

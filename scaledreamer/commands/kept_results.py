@@ -7,17 +7,18 @@ __all__ = ['read_kept', 'distill_by_vsd', 'distilled', 'measured']
 
 # %% ../../nbs/90_commands/08_kept_results.ipynb #6406119b
 import json
+import os
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from .shared import Stopped
-from ..core.files import replacing
+from ..core.files import replacing, shown_path
 from ..core.settings import RunError, UsageError
+from ..core.tensor_files import open_tensors, tensor_difference
 from ..distill.estimator import LoRAEstimator
 from ..distill.vsd import vsd
 from ..noise_error.error import ErrorCurve
@@ -28,21 +29,18 @@ from ..toy.lockstep import Lockstep
 from ..toy.point_estimator import TrainsEstimator
 
 # %% ../../nbs/90_commands/08_kept_results.ipynb #b723cf54
+_REMEDY = "delete it, or give another --out"
+
+
 def read_kept(path: Path, origin: str, device: str = "cpu") -> dict[str, Tensor]:
     "The tensors in a file. Raises RunError for a damaged file, UsageError for another origin."
-    try:
-        with safe_open(path, "pt", device) as file:
-            found = (file.metadata() or {}).get("of")
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
-    except (OSError, SafetensorError) as error:
-        reason = str(error).splitlines()[0]
-        raise RunError(
-            f"{path} cannot be read ({reason}): delete it, or give another --out"
-        ) from None
+    with open_tensors(path, RunError, _REMEDY, device) as file:
+        found = (file.metadata() or {}).get("of")
+        tensors = {name: file.get_tensor(name) for name in file.keys()}
     if found != origin:
         raise UsageError(
-            f"{path} holds images of another prior, of other texts, steps or seed: "
-            "delete it, or give another --out"
+            f"{shown_path(path)} holds images of another prior, of other texts, steps or seed: "
+            f"{_REMEDY}"
         )
     return tensors
 
@@ -79,8 +77,12 @@ def distilled(
     "One image per text by VSD, with its estimator; read from the file `kept` where it exists."
     estimator = LoRAEstimator(prior, seed=seed)
     origin = json.dumps([prior_name, texts, steps, seed])
-    if kept.exists():
+    if os.path.lexists(kept):
         tensors = read_kept(kept, origin, device)
+        shape = {"latents": image_start(prior, len(texts), seed)}
+        different = tensor_difference(tensors, estimator.state_dict() | shape, "prior")
+        if different:
+            raise RunError(f"{shown_path(kept)} is of another prior ({different}): {_REMEDY}")
         latents = tensors.pop("latents")
         estimator.load_state_dict(tensors)
         return ImageBatch(latents, texts, latents=True), estimator
@@ -93,7 +95,7 @@ def distilled(
 # %% ../../nbs/90_commands/08_kept_results.ipynb #f75473b5
 def measured(path: Path, *what: Any, **how: Any) -> ErrorCurve:
     "The curve in `path`; if it does not exist, `measure_curve(*what, **how)`, saved there."
-    if path.exists():
+    if os.path.lexists(path):
         return ErrorCurve.load(path)
     partial_path = path.with_suffix(".partial.jsonl")
     try:

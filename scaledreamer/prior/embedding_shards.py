@@ -13,16 +13,18 @@ import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from ..core.disk import sync_to_disk
-from ..core.files import WriteError, check_regular_file, obstacle, replacing, shown_path
+from ..core.files import WriteError, obstacle, parse_json, replacing, shown_path
 from ..core.settings import RunError, UsageError, shorten
+from ..core.tensor_files import open_tensors
 from .base import TextEmbedding
 
 # %% ../../nbs/30_prior/22_embedding_shards.ipynb #01cb51f9
@@ -142,10 +144,8 @@ def write_shard(path: Path, tensors: dict[str, Tensor], identity: str) -> ShardE
 class DamagedShard(RunError):
     "A shard that is not what was written; the embeddings in it are to be computed again."
 
-    def __init__(self, path: Path, cause: str) -> None:
-        super().__init__(
-            f"{shown_path(path)} is damaged ({cause}): its texts are to be encoded anew"
-        )
+    def __init__(self, path: Path, message: str) -> None:
+        super().__init__(message)
         self.file = path.name
 
 
@@ -168,6 +168,19 @@ def _check_counts(tensors: dict[str, Tensor]) -> None:
         raise ValueError("its numbers of states do not fit")
 
 # %% ../../nbs/30_prior/22_embedding_shards.ipynb #7e4c12b3
+_ANEW = "its texts are to be encoded anew"
+
+
+def _sums_in(about: Any, identity: str, entry: ShardEntry | None) -> dict[str, int]:
+    "The checksums in a header. Raises `ValueError` for a header of another shard."
+    sums = about.get("crc32") if isinstance(about, dict) else None
+    if not isinstance(sums, dict) or sums.keys() != SHARD_TYPES.keys():
+        raise ValueError("its header has no checksums")
+    if about.get("identity") != identity or entry and _whole_sum(sums, identity) != entry.crc32:
+        raise ValueError("it is of another text encoder, or another shard")
+    return sums
+
+
 def open_shard(
     path: Path,
     identity: str,
@@ -176,22 +189,21 @@ def open_shard(
 ) -> dict[str, Tensor]:
     "Tensors of a shard, mapped from the file. Raises `DamagedShard`."
     try:
-        check_regular_file(path)
-        if entry and path.stat().st_size != entry.bytes:
-            raise ValueError(f"it has {path.stat().st_size} bytes, not {entry.bytes}")
-        with safe_open(path, "pt") as file:
-            about = json.loads((file.metadata() or {})["shard"])
+        with open_tensors(path, remedy=_ANEW) as file:
+            if entry and path.stat().st_size != entry.bytes:
+                raise ValueError(f"it has {path.stat().st_size} bytes, not {entry.bytes}")
+            about = parse_json((file.metadata() or {}).get("shard", ""))
             tensors = {name: file.get_tensor(name) for name in file.keys()}
         _check_shapes(tensors, entry and entry.rows)
-        given = about["crc32"]
-        if about["identity"] != identity or entry and _whole_sum(given, identity) != entry.crc32:
-            raise ValueError("it is of another text encoder, or another shard")
+        given = _sums_in(about, identity, entry)
         wrong = [name for name, value in _sums(tensors, verify).items() if given[name] != value]
         if wrong:
             raise ValueError(f"the checksum of {wrong[0]} differs")
         _check_counts(tensors)
-    except (RunError, OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
-        raise DamagedShard(path, str(error).splitlines()[0].split(": give")[0]) from None
+    except ValueError as error:
+        raise DamagedShard(path, f"{shown_path(path)} is damaged ({error}): {_ANEW}") from None
+    except RunError as error:
+        raise DamagedShard(path, str(error)) from None
     return tensors
 
 

@@ -14,11 +14,11 @@ import huggingface_hub
 import torch
 from diffusers import StableDiffusionPipeline
 from peft.tuners.tuners_utils import BaseTunerLayer
-from safetensors.torch import load_file
 from torch import Tensor
 
-from ..core.files import read_regular_file, shown_path
+from ..core.files import check_regular_file, shown_path
 from ..core.settings import RunError, UsageError, shorten
+from ..core.tensor_files import read_tensors
 from .pipeline_source import PipelineSource, hub_error, pipeline_source
 from .pipelines import first_line, quiet
 
@@ -60,13 +60,12 @@ def lora_file(given: str) -> Path:
 # %% ../../nbs/30_prior/78_lora.ipynb #4af0daf3
 def _lora_weights(file: Path) -> dict[str, Tensor]:
     again = "copy or download it again"
-    if not file.is_file():
-        read_regular_file(file, UsageError)
+    check_regular_file(file, UsageError)
+    if file.suffix == ".safetensors":
+        return read_tensors(file, remedy=again)
     try:
-        if file.suffix == ".safetensors":
-            return load_file(file)
         state = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # SafetensorError, UnpicklingError, OSError, ...
+    except Exception as error:  # UnpicklingError, OSError, ...
         cause = shorten(first_line(error), str, 200)
         raise RunError(f"{shown_path(file)} could not be read ({cause}): {again}") from None
     if not isinstance(state, dict) or not all(isinstance(x, Tensor) for x in state.values()):

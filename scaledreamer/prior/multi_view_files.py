@@ -13,12 +13,11 @@ from typing import Any
 import torch
 from diffusers import UNet2DConditionModel
 from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
-from safetensors import safe_open
-from safetensors.torch import load_file
 from torch import Tensor
 
 from ..core.files import read_json, shown_path
 from ..core.settings import RunError, UsageError, shorten
+from ..core.tensor_files import open_tensors, read_tensors
 from .camera_embedding import with_cameras
 from .pipeline_configs import check_sizes, loading
 from .pipeline_parts import weight_files
@@ -112,20 +111,23 @@ def original_unet(file: Path, state: dict[str, Tensor], config: dict[str, Any]) 
     return unet.eval().requires_grad_(False)
 
 # %% ../../nbs/30_prior/81_multi_view_files.ipynb #c9561181
+_AGAIN = "copy or download it again"
+
+
 def load_original_unet(folder: Path, variant: str | None = None) -> UNet2DConditionModel:
     """The U-Net of a `MultiViewUNetModel` folder, with cameras, for groups of four views.
 
     Its layout is that of the public port of MVDream as far as published: names of the original
     code without prefix; the entries of its configuration could not be compared with the files."""
     config_file = folder / "config.json"
-    config = read_json(config_file, dict, RunError, "copy or download it again")
+    config = read_json(config_file, dict, RunError, _AGAIN)
     check_sizes(config_file, config)
     ours = original_unet_config(config, shown_path(config_file))
     (_, suffix), files = weight_files(folder, variant)
     state: dict[str, Tensor] = {}
     for file in files:
         if suffix == "safetensors":
-            state |= load_file(file)
+            state |= read_tensors(file, remedy=_AGAIN)
         else:
             state |= torch.load(file, map_location="cpu", weights_only=True)
     weights = camera_weights(folder, state)
@@ -137,7 +139,7 @@ def load_original_unet(folder: Path, variant: str | None = None) -> UNet2DCondit
 def file_camera_weights(file: Path) -> dict[str, Tensor] | None:
     "Weights of the camera embedding in a checkpoint of one file; None if it has no such layers."
     if file.suffix.lower() == ".safetensors":
-        with safe_open(file, "pt") as opened:
+        with open_tensors(file, remedy=_AGAIN) as opened:
             keys = [key for key in opened.keys() if "camera_embed." in key]
             return camera_weights(file, {key: opened.get_tensor(key) for key in keys})
     state = torch.load(file, map_location="cpu", weights_only=True)

@@ -15,13 +15,13 @@ from typing import Any
 
 import diffusers
 import torch
-from safetensors import safe_open
 from torch import nn
 from transformers import CLIPTokenizer, PreTrainedModel, PreTrainedTokenizerBase, T5TokenizerFast
 
 from ..core.files import parse_json, read_json, read_regular_file, read_text_file
 from ..core.files import shown_path
 from ..core.settings import RunError, UsageError, shorten
+from ..core.tensor_files import open_tensors
 from .flow_schedule import FLOW_SCHEDULERS, schedule_of
 from .pipeline_configs import REMEDY, check_sizes, loading
 from .pipeline_index import SCHEDULERS
@@ -30,13 +30,8 @@ from .pipelines import first_line
 
 # %% ../../nbs/30_prior/66_pipeline_parts.ipynb #51ba9b99
 def check_safetensors(file: Path) -> None:
-    try:
-        with safe_open(file, "pt"):
-            pass
-    except Exception as error:  # SafetensorError and OSError
-        raise RunError(
-            f"{shown_path(file)} is damaged ({first_line(error)}): copy or download it again"
-        ) from None
+    with open_tensors(file, remedy="copy or download it again"):
+        pass
 
 
 def check_pickle(file: Path) -> None:

@@ -16,16 +16,16 @@ from typing import Any
 
 import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from safetensors import safe_open
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from ..core.files import read_regular_file, shown_path
 from ..core.settings import RunError, UsageError
+from ..core.tensor_files import open_tensors
 from .clip_text import text_ids, text_states
 from .pipeline_configs import loading
 from .pipeline_index import EXPECTED
-from .pipeline_parts import check_pickle, check_safetensors
+from .pipeline_parts import check_pickle
 from .pipelines import quiet
 
 # %% ../../nbs/30_prior/79_single_file.ipynb #08fcc711
@@ -109,8 +109,7 @@ def _shapes(file: Path) -> dict[str, tuple[int, ...]]:
     if not file.is_file():
         read_regular_file(file, UsageError)
     if file.suffix.lower() == ".safetensors":
-        check_safetensors(file)
-        with safe_open(file, "pt") as opened:
+        with open_tensors(file, remedy="copy or download it again") as opened:
             return {key: tuple(opened.get_slice(key).get_shape()) for key in opened.keys()}
     check_pickle(file)
     state = torch.load(file, map_location="meta", weights_only=True)

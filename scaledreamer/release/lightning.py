@@ -17,12 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from ..core.files import check_regular_file, shown_path
 from ..core.settings import RunError, UsageError, shorten
+from ..core.tensor_files import read_tensors
 from ..field.background import HYPER_GRID, SHARP_GRID, EnvironmentMap, wide_sigmoid
 from ..kernels.hash_grid_reference import HashGridSettings, grid_levels
 from ..generator.generator_base import PromptedBackground
@@ -86,14 +85,8 @@ def read_release(path: str | Path) -> tuple[dict[str, Tensor], int]:
     """
     path = Path(path)
     check_regular_file(path, UsageError)
-    try:
-        safe = path.suffix.lower() == ".safetensors"
-        found = load_file(path) if safe else _unpickled(path)
-    except (SafetensorError, OSError, ValueError) as error:
-        raise RunError(
-            f"{shown_path(path)} is no whole safetensors file "
-            f"({shorten(' '.join(str(error).split()), str)}): get it again"
-        ) from None
+    safe = path.suffix.lower() == ".safetensors"
+    found = read_tensors(path, remedy="get it again") if safe else _unpickled(path)
     state, steps = found, 0
     if isinstance(found, dict):
         state, steps = found.get("state_dict", found), found.get("global_step", 0)

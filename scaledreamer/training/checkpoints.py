@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['first_names', 'saved_tensors', 'save_checkpoint', 'checkpoint_steps', 'unfinished_checkpoints', 'UnusableCheckpoint',
-           'read_tensors', 'load_checkpoint', 'load_newest']
+           'load_checkpoint', 'load_newest']
 
 # %% ../../nbs/70_training/30_checkpoints.ipynb #4be7c321
 import json
@@ -18,12 +18,13 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..core.disk import sync_to_disk
-from ..core.files import check_regular_file, obstacle, read_json, shown_path
+from ..core.files import obstacle, read_json, shown_path
 from ..core.settings import RunError
+from ..core.tensor_files import read_tensors, tensor_difference
 from ..distill.estimator import Estimator
 from ..distill.vsd import EstimatorTrainer
 from .optimizer_state import load_optimizer, optimizer_tensors
@@ -143,16 +144,12 @@ class UnusableCheckpoint(RunError):
 _RESTORE = "put it back from a copy, or use another checkpoint"
 
 
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    "The tensors of a safetensors file. Raises `RunError` for a missing, truncated or other file."
+def _read_part(path: Path) -> dict[str, Tensor]:
+    "The tensors of one file. Raises `UnusableCheckpoint` for a missing, truncated or other file."
     try:
-        check_regular_file(path)
-        return load_file(path)
+        return read_tensors(path)
     except RunError as error:
         raise UnusableCheckpoint(str(error).rpartition(":")[0], _RESTORE) from None
-    except (OSError, SafetensorError) as error:
-        cause = str(error).splitlines()[0]
-        raise UnusableCheckpoint(f"{shown_path(path)} cannot be read ({cause})", _RESTORE) from None
 
 
 def _check_state(folder: Path, files: Iterable[Path]) -> None:
@@ -180,24 +177,18 @@ def _check_state(folder: Path, files: Iterable[Path]) -> None:
 # %% ../../nbs/70_training/30_checkpoints.ipynb #68bf5aa3
 def _load_weights(module: nn.Module | Estimator, path: Path) -> None:
     "Load the weights in a file. Raises `RunError` if they belong to another network."
-    tensors = read_tensors(path)
+    tensors = _read_part(path)
     state = module.state_dict()
     names = first_names(state)
-    ours = {name: tuple(state[name].shape) for name in names.values()}
-    theirs = {name: tuple(value.shape) for name, value in tensors.items()}
-    for name in sorted(ours.keys() | theirs.keys()):
-        if ours.get(name) != theirs.get(name):
-            cause = (
-                f"{shown_path(path.parent)} is of another {path.stem}: {name} is "
-                f"{theirs.get(name, 'missing')} in the file and {ours.get(name, 'unknown')} in the "
-                "network"
-            )
-            raise UnusableCheckpoint(cause, "use the settings and the prior it was trained with")
+    different = tensor_difference(tensors, {name: state[name] for name in names.values()})
+    if different:
+        cause = f"{shown_path(path.parent)} is of another {path.stem}: {different}"
+        raise UnusableCheckpoint(cause, "use the settings and the prior it was trained with")
     module.load_state_dict({name: tensors[first] for name, first in names.items()})
 
 
 def _load_optimizer_file(optimizer: torch.optim.Optimizer, path: Path) -> None:
-    tensors = read_tensors(path)
+    tensors = _read_part(path)
     try:
         load_optimizer(optimizer, tensors)
     except ValueError as error:

@@ -7,20 +7,21 @@ __all__ = ['TEXTS_FILE', 'store_texts', 'read_stored_texts', 'StoredTextPrior']
 
 # %% ../../nbs/70_training/37_stored_texts.ipynb #2fda4a60
 import json
+import os
 import warnings
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..core.files import check_regular_file, replacing, shown_path
+from ..core.files import parse_json, replacing, shown_path
 from ..core.settings import RunError
+from ..core.tensor_files import open_tensors
 from ..prior.base import Prior, TextEmbedding
 from .run_texts import RunTexts
 
@@ -50,26 +51,43 @@ def store_texts(folder: Path, texts: list[str], embeddings: RunTexts) -> None:
         save_file(tensors, temporary, metadata=about)
 
 # %% ../../nbs/70_training/37_stored_texts.ipynb #067ef432
+_PRECISIONS = {torch.bool, torch.float16, torch.float32, torch.float64}
+
+
+def _contents(
+    tensors: dict[str, Tensor], about: Mapping[str, str]
+) -> tuple[list[str], TextEmbedding]:
+    "Texts and embeddings. Raises `ValueError` for what `store_texts` does not write."
+    texts = parse_json(about.get("texts", ""))
+    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+        raise ValueError("it does not name its texts")
+    kinds = {name: value.dtype for name, value in tensors.items()}
+    mask = kinds.pop("mask", torch.bool)
+    if kinds.keys() != {"tokens", "pooled"} or {*kinds.values(), mask} - _PRECISIONS:
+        raise ValueError("it has other tensors than an embedding")
+    if _checksum(tensors) != about.get("crc32"):
+        raise ValueError("its checksum differs")
+    embedding = TextEmbedding(**tensors)
+    if len(texts) != len(embedding):
+        raise ValueError(f"it has {len(texts)} texts and {len(embedding)} embeddings")
+    return texts, embedding
+
+
 def read_stored_texts(folder: Path) -> tuple[list[str], TextEmbedding] | None:
     "Texts and embeddings of a run folder; None, with a warning if damaged, where there are none."
     path = Path(folder) / TEXTS_FILE
-    if not path.exists() and not path.is_symlink():
+    if not os.path.lexists(path):
         return None
+    remedy = "the prior encodes the texts"
     try:
-        check_regular_file(path)
-        with safe_open(path, "pt") as file:
+        with open_tensors(path, remedy=remedy) as file:
             about = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}
-        texts, embedding = json.loads(about["texts"]), TextEmbedding(**tensors)
-        if _checksum(tensors) != about["crc32"] or len(texts) != len(embedding):
-            raise ValueError("its checksum or its number of texts differs")
-    except (RunError, OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
-        reason = str(error).splitlines()[0]
-        warnings.warn(
-            f"{shown_path(path)} is damaged ({reason}): the prior encodes the texts", stacklevel=3
-        )
+        return _contents(tensors, about)
+    except (RunError, ValueError) as error:
+        said = f"{shown_path(path)} is damaged ({error}): {remedy}"
+        warnings.warn(str(error) if isinstance(error, RunError) else said, stacklevel=3)
         return None
-    return texts, embedding
 
 # %% ../../nbs/70_training/37_stored_texts.ipynb #0725e49b
 class StoredTextPrior:
