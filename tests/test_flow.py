@@ -40,7 +40,7 @@ from scaledreamer.prior.stable_diffusion_3 import StableDiffusion3Prior
 from scaledreamer.recipes.tiny_sd import make_autoencoder
 from scaledreamer.recipes.tiny_sd_recipe import model_card, prior_renders, save_pipeline
 from scaledreamer.recipes.tiny_sd_training import RecipeSettings, TinyTraining
-from scaledreamer.recipes.tiny_sd_training import load_training, save_training
+from scaledreamer.recipes.tiny_sd_state import load_training, save_training
 from scaledreamer.toy.point_estimator import PointEstimator
 from scaledreamer.toybox.render_sets import RenderSet, make_renders
 

@@ -12,13 +12,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
 from torch import Tensor
 
 from .shared import Stopped
-from ..core.files import replacing, shown_path
+from ..core.files import shown_path
 from ..core.settings import RunError, UsageError
-from ..core.tensor_files import open_tensors, tensor_difference
+from ..core.tensor_files import open_tensors, tensor_difference, write_tensors
 from ..distill.estimator import LoRAEstimator
 from ..distill.vsd import vsd
 from ..noise_error.error import ErrorCurve
@@ -88,8 +87,7 @@ def distilled(
         return ImageBatch(latents, texts, latents=True), estimator
     latents = distill_by_vsd(prior, texts, steps, seed, device, estimator)
     tensors = {name: value.detach().contiguous() for name, value in estimator.state_dict().items()}
-    with replacing(kept) as temporary:
-        save_file(tensors | {"latents": latents}, temporary, {"of": origin})
+    write_tensors(kept, tensors | {"latents": latents}, {"of": origin})
     return ImageBatch(latents, texts, latents=True), estimator
 
 # %% ../../nbs/90_commands/08_kept_results.ipynb #f75473b5

@@ -17,14 +17,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
-from ..core.disk import sync_to_disk
-from ..core.files import WriteError, obstacle, parse_json, replacing, shown_path
+from ..core.files import parse_json, shown_path
 from ..core.settings import RunError, UsageError, shorten
-from ..core.tensor_files import open_tensors
+from ..core.tensor_files import open_tensors, write_tensors
 from .base import TextEmbedding
 
 # %% ../../nbs/30_prior/22_embedding_shards.ipynb #01cb51f9
@@ -130,13 +127,7 @@ def write_shard(path: Path, tensors: dict[str, Tensor], identity: str) -> ShardE
     Raises `WriteError`, e.g. for a full disk."""
     sums = _sums(tensors, tensors)
     about = json.dumps({"crc32": sums, "identity": identity}, sort_keys=True)
-    try:
-        with replacing(path) as temporary:
-            save_file(tensors, temporary, metadata={"shard": about})
-        sync_to_disk(path.parent)
-    except SafetensorError as error:
-        cause, remedy = obstacle(error)
-        raise WriteError(f"{path} cannot be written ({cause}): {remedy}") from None
+    write_tensors(path, tensors, {"shard": about})
     size = path.stat().st_size
     return ShardEntry(path.name, len(tensors["keys"]), size, _whole_sum(sums, identity))
 

@@ -32,8 +32,9 @@ from ..prior.multi_view import MultiViewPrior
 from ..prior.stable_diffusion import StableDiffusionPrior
 from .tiny_sd import make_autoencoder
 from .tiny_sd_decoder import train_decoder
-from .tiny_sd_training import RecipeSettings, TinyTraining, load_training
-from .tiny_sd_training import make_networks, note_cameras, save_training
+from .tiny_sd_state import has_state, load_training, save_training
+from .tiny_sd_training import RecipeSettings, TinyTraining
+from .tiny_sd_training import make_networks, note_cameras
 from ..toybox.captions import is_unseen, random_caption
 from ..toybox.render_sets import RenderPlan, RenderSet, make_renders
 
@@ -213,7 +214,7 @@ def make_tiny_sd(
     make_renders(folder / "renders", settings.images, prior_renders(settings.seed), workers, show)
     renders = RenderSet(folder / "renders")
     tiny = TinyTraining(renders, open_autoencoder(folder, renders, settings, show), settings)
-    if (folder / "state.json").exists():
+    if has_state(folder):
         load_training(tiny, folder)
     train_tiny(tiny, folder, show)
     kind = "tiny-sd" if settings.views == 1 else "tiny-mv"

@@ -9,6 +9,8 @@ __all__ = ['optimizer_tensors', 'load_optimizer']
 import torch
 from torch import Tensor
 
+from ..core.tensor_files import tensor_difference
+
 # %% ../../nbs/70_training/28_optimizer_state.ipynb #394a0a9a
 _ADAM = ("step", "exp_avg", "exp_avg_sq")  # its state for one parameter
 _ADAN = ("step", "exp_avg", "exp_avg_sq", "exp_avg_diff", "neg_pre_grad")
@@ -40,11 +42,12 @@ def _check_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor
     for key, value in tensors.items():
         if key not in known:
             raise ValueError(f"{key} is in the file, and no state of the optimiser")
-        if key.endswith(".step") and value.numel() == 1:
-            continue
-        if value.shape != known[key].shape:
-            ours = tuple(known[key].shape)
-            raise ValueError(f"{key} is {tuple(value.shape)} in the file and {ours} in the network")
+        different = tensor_difference({key: value}, {key: known[key]})
+        if key.endswith(".step"):
+            count = value.numel() == 1 and not value.is_complex() and 0 <= float(value) < 2**53
+            different = None if count else f"{key} is no number of steps"
+        if different:
+            raise ValueError(different)
     for i in {key.split(".")[0] for key in tensors}:
         for name in names:
             if f"{i}.{name}" not in tensors:

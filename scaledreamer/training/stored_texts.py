@@ -16,12 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
-from ..core.files import parse_json, replacing, shown_path
+from ..core.files import parse_json, shown_path
 from ..core.settings import RunError
-from ..core.tensor_files import open_tensors
+from ..core.tensor_files import open_tensors, write_tensors
 from ..prior.base import Prior, TextEmbedding
 from .run_texts import RunTexts
 
@@ -47,8 +46,7 @@ def store_texts(folder: Path, texts: list[str], embeddings: RunTexts) -> None:
     copy = lambda value: value.detach().cpu().clone(memory_format=torch.contiguous_format)
     tensors = {name: copy(value) for name, value in values.items()}
     about = {"texts": json.dumps([*texts]), "crc32": _checksum(tensors)}
-    with replacing(Path(folder) / TEXTS_FILE) as temporary:
-        save_file(tensors, temporary, metadata=about)
+    write_tensors(Path(folder) / TEXTS_FILE, tensors, about)
 
 # %% ../../nbs/70_training/37_stored_texts.ipynb #067ef432
 _PRECISIONS = {torch.bool, torch.float16, torch.float32, torch.float64}
