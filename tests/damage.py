@@ -297,6 +297,7 @@ def _with_code(path: Path, rng: random.Random, canary: Path) -> str:
         index = json.loads(path.read_text())
         (path.parent / "unet/my_unet.py").write_text(f"import os\nos.mkdir({str(canary)!r})\n")
         content = json.dumps(index | {"unet": ["my_unet", "MyUNet"]}).encode()
+    path.unlink(missing_ok=True)  # it may be a hard link
     path.write_bytes(content)
     return f"code in {path.name}"
 
@@ -340,6 +341,6 @@ def damage(folder: Path, names: list[str], rng: random.Random, canary: Path) -> 
         changed, said = _change_value(content, path.suffix.lower(), kind, rng)
     else:
         changed, said = OTHERS[path.suffix][kind](content, rng)
-    path.unlink()  # it may be a hard link
+    path.unlink()
     path.write_bytes(changed)
     return Damage(kind, said, name)

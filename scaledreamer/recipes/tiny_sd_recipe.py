@@ -29,6 +29,7 @@ from ..core.tensors import machine, seeded
 from ..noise_error.image_sources import ddim
 from ..prior.clip_text import TextCache
 from ..prior.multi_view import MultiViewPrior
+from ..prior.pipeline_parts import load_network
 from ..prior.stable_diffusion import StableDiffusionPrior
 from .tiny_sd import make_autoencoder
 from .tiny_sd_decoder import train_decoder
@@ -177,10 +178,12 @@ def model_card(tiny: TinyTraining, name: str) -> str:
 def open_autoencoder(
     folder: Path, renders: RenderSet, settings: RecipeSettings, show: bool = True
 ) -> AutoencoderTiny:
-    "The autoencoder in `folder` or in the weights to start from; made and trained if missing."
+    """The autoencoder in `folder` or in the weights to start from; made and trained if missing.
+
+    Raises `RunError` for a damaged one."""
     place = settings.start / "vae" if settings.start else folder / "vae"
-    if place.exists():
-        return AutoencoderTiny.from_pretrained(place).float()
+    if os.path.lexists(place):
+        return load_network(AutoencoderTiny, place).float()
     rows = list(range(0, len(renders), -(-len(renders) // 4000)))
     with seeded(settings.seed):
         vae = make_autoencoder(renders.batch(rows, torch.Generator().manual_seed(0)))

@@ -26,12 +26,13 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from ..camera.cameras import Cameras, camera_condition
 from ..camera.view_words import view_prompts
-from ..core.files import read_json
+from ..core.files import read_json, shown_path
 from ..core.settings import Interval, UsageError, check_ranges
 from ..core.tensors import seeded
 from ..prior.camera_embedding import with_cameras
 from ..prior.flow_schedule import flow_from_diffusers, flow_loss
 from ..prior.multi_view_unet import MultiViewUNet
+from ..prior.pipeline_parts import load_network
 from .tiny_sd import SCALING, WINDOW, make_scheduler
 from .tiny_sd import make_text_encoder, make_tokenizer, make_unet
 from ..toybox.render_sets import RenderSet
@@ -115,19 +116,19 @@ def draw_timesteps(count: int, late: float, rng: torch.Generator) -> Int[Tensor,
 
 # %% ../../nbs/82_recipes/20_tiny_sd_training.ipynb #e245bb83
 def start_from(folder: Path) -> nn.ModuleDict:
-    "Text encoder and U-Net of a tiny-sd folder. Raises `UsageError` for other folders."
-    kinds = {"text_encoder": CLIPTextModel, "unet": UNet2DConditionModel}
-    parts = {}
-    for name, kind in kinds.items():
-        try:
-            parts[name] = kind.from_pretrained(folder / name, local_files_only=True).float()
-        except (OSError, RuntimeError):
-            parts[name] = None
-        if parts[name] is None or parts["text_encoder"].config.max_position_embeddings != WINDOW:
-            raise UsageError(
-                f"{folder / name} is no part of a tiny-sd: give a folder that make-prior wrote"
-            )
-    return nn.ModuleDict(parts)
+    """Text encoder and U-Net of a tiny-sd folder, to be trained.
+
+    Raises `UsageError` for networks of other sizes, `RunError` for damaged files."""
+    text = load_network(CLIPTextModel, folder / "text_encoder").float()
+    unet = load_network(UNet2DConditionModel, folder / "unet").float()
+    channels = unet.config.in_channels, unet.config.out_channels
+    window, width = text.config.max_position_embeddings, text.config.hidden_size
+    if (window, *channels, width) != (WINDOW, 12, 12, unet.config.cross_attention_dim):
+        raise UsageError(
+            f"{shown_path(folder)} is no tiny-sd (a window of {window} tokens, latents of "
+            f"{channels[0]} channels): give a folder that make-prior wrote"
+        )
+    return nn.ModuleDict({"text_encoder": text, "unet": unet}).requires_grad_(True)
 
 
 def check_objective(settings: RecipeSettings) -> None:

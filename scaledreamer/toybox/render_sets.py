@@ -6,8 +6,10 @@
 __all__ = ['RENDER_SIZE', 'RenderNote', 'PART', 'RenderPlan', 'write_part', 'make_renders', 'RenderSet']
 
 # %% ../../nbs/25_toybox/50_render_sets.ipynb #494e7c21
-import json
+import math
+import os
 import random
+import re
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
@@ -22,9 +24,11 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from ..camera.poses import FramedCameras, sample_framed
-from ..core.files import write_json_atomic
+from ..core.files import check_regular_file, read_json, replacing, shown_path
+from ..core.files import write_json_atomic, writing
 from ..core.progress import progress_bar
-from .captions import object_of, random_caption
+from ..core.settings import RunError
+from .captions import Caption, object_of, random_caption
 from .renders import render_object
 
 # %% ../../nbs/25_toybox/50_render_sets.ipynb #c118bc77
@@ -53,13 +57,64 @@ class RenderPlan:
         angles = zip(cameras.azimuth[0].tolist(), cameras.elevation[0].tolist())
         return (rgba * 255).round().to(torch.uint8).numpy(), [(caption, *pair) for pair in angles]
 
+# %% ../../nbs/25_toybox/50_render_sets.ipynb #5f3a0c11
+_IMAGES, _NOTES = "rgba.npy", "captions.json"
+_REMEDY = "delete the folder, and its renders are made again, or give another one"
+_HEADER = re.compile(
+    rb"\x93NUMPY\x01\x00..\{'descr': '\|u1', 'fortran_order': False, "
+    + rf"'shape': \((\d{{1,9}}), {RENDER_SIZE}, {RENDER_SIZE}, 4\), \}} *\n".encode(),
+    re.DOTALL,
+)
+
+
+def _map_images(folder: Path, mode: str = "r") -> UInt8[np.ndarray, "n 64 64 4"]:
+    "The images of a set, mapped from their file. Raises `RunError` for another file."
+    path = folder / _IMAGES
+    check_regular_file(path, remedy=_REMEDY)
+    with path.open("rb") as file:
+        header = _HEADER.match(file.read(1 << 10))
+    shape = (int(header[1]) if header else 0, RENDER_SIZE, RENDER_SIZE, 4)
+    if not header or path.stat().st_size != header.end() + math.prod(shape) or not shape[0]:
+        raise RunError(f"{shown_path(path)} is no whole file of renders: {_REMEDY}")
+    return np.memmap(path, np.uint8, mode, header.end(), shape)
+
+
+def _is_note(note: object) -> bool:
+    "Whether a JSON value is a caption with an azimuth and an elevation."
+    return (
+        isinstance(note, list)
+        and [type(part) in (int, float) for part in note] == [False, True, True]
+        and isinstance(note[0], str)
+        and Caption.parse(note[0]) is not None
+    )
+
+
+def _read_notes(folder: Path) -> list[list]:
+    "The notes of the images that are done. Raises `RunError` for a damaged file."
+    path = folder / _NOTES
+    notes = read_json(path, list, remedy=_REMEDY)
+    wrong = next((i for i, note in enumerate(notes) if not _is_note(note)), None)
+    if wrong is not None:
+        raise RunError(
+            f"{shown_path(path)} has no caption with two angles in entry {wrong}: {_REMEDY}"
+        )
+    return notes
+
+
+def _start(folder: Path, count: int) -> None:
+    "Write the two files of a set of which nothing is done."
+    write_json_atomic(folder / _NOTES, [])
+    with replacing(folder / _IMAGES) as temporary:
+        shape = (count, RENDER_SIZE, RENDER_SIZE, 4)
+        np.lib.format.open_memmap(temporary, mode="w+", dtype=np.uint8, shape=shape).flush()
+
 # %% ../../nbs/25_toybox/50_render_sets.ipynb #6e7f7807
 PART = 50  # objects per task
 
 
 def write_part(folder: Path, plan: RenderPlan, numbers: Sequence[int]) -> list[RenderNote]:
     "Render some objects into the file of a set; returns their notes."
-    images = np.lib.format.open_memmap(folder / "rgba.npy", mode="r+")
+    images = _map_images(folder, "r+")
     notes = []
     for number in numbers:
         first = number * plan.views
@@ -75,13 +130,18 @@ def make_renders(
 ) -> None:
     """Write a render set of `count` images, a multiple of the views per object.
 
-    Continues where an interrupted call stopped. `workers` is the number of processes."""
-    folder.mkdir(parents=True, exist_ok=True)
-    path, shape = folder / "rgba.npy", (count, RENDER_SIZE, RENDER_SIZE, 4)
-    done = json.loads((folder / "captions.json").read_text()) if path.exists() else []
-    if not path.exists():
-        np.lib.format.open_memmap(path, mode="w+", dtype=np.uint8, shape=shape).flush()
-        write_json_atomic(folder / "captions.json", done)
+    Continues where an interrupted call stopped. `workers` is the number of processes. Raises
+    `RunError` for a folder with damaged files, or with other renders."""
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    if not os.path.lexists(folder / _IMAGES):
+        _start(folder, count)
+    done, images = _read_notes(folder), _map_images(folder)
+    if len(images) != count or len(done) > count or len(done) % plan.views:
+        raise RunError(
+            f"{shown_path(folder)} has {len(images)} images and {len(done)} captions, not {count} "
+            f"with {plan.views} per object: {_REMEDY}"
+        )
     objects, begun = count // plan.views, len(done) // plan.views
     parts = [range(a, min(a + PART, objects)) for a in range(begun, objects, PART)]
     with ExitStack() as stack:
@@ -92,15 +152,21 @@ def make_renders(
         notes = each(partial(write_part, folder, plan), parts)
         for more in progress_bar(notes, total=len(parts), desc="renders", show=show):
             done += more
-            write_json_atomic(folder / "captions.json", done)
+            write_json_atomic(folder / _NOTES, done)
 
 # %% ../../nbs/25_toybox/50_render_sets.ipynb #b8b37cdd
 class RenderSet:
-    "Reads a render set: batches of composited images in [-1, 1], captions and angles."
+    """Reads a render set: batches of composited images in [-1, 1], captions and angles.
+
+    Raises `RunError` for damaged files."""
 
     def __init__(self, folder: Path):
-        self.images = np.load(folder / "rgba.npy", mmap_mode="r")
-        self.notes = json.loads((folder / "captions.json").read_text())
+        self.images, self.notes = _map_images(folder), _read_notes(folder)
+        if len(self.notes) > len(self.images):
+            raise RunError(
+                f"{shown_path(folder)} has {len(self.images)} images and {len(self.notes)} "
+                f"captions: {_REMEDY}"
+            )
 
     def __len__(self) -> int:
         return len(self.notes)
