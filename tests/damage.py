@@ -281,6 +281,9 @@ def _replaced(path: Path, rng: random.Random) -> str:
     return f"{what} in its place"
 
 
+OLDER = {"model": "pytorch_model", "open_clip_model": "open_clip_pytorch_model"}
+
+
 def _with_code(path: Path, rng: random.Random, canary: Path) -> str:
     "Content that would make the folder `canary`, were it run."
     buffer = io.BytesIO()
@@ -292,7 +295,7 @@ def _with_code(path: Path, rng: random.Random, canary: Path) -> str:
     content = rng.choice(texts).encode() if text else rng.choice(contents)
     if path.suffix == ".safetensors" and rng.random() < 0.5:  # the older format beside it
         path.unlink()
-        path = path.with_name({"model": "pytorch_model"}.get(path.stem, path.stem) + ".bin")
+        path = path.with_name(OLDER.get(path.stem, path.stem) + ".bin")
     if path.name == "model_index.json":
         index = json.loads(path.read_text())
         (path.parent / "unet/my_unet.py").write_text(f"import os\nos.mkdir({str(canary)!r})\n")

@@ -8,10 +8,12 @@ __all__ = ['read_kept', 'distill_by_vsd', 'distilled', 'measured']
 # %% ../../nbs/90_commands/08_kept_results.ipynb #6406119b
 import json
 import os
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .shared import Stopped
@@ -21,7 +23,7 @@ from ..core.tensor_files import open_tensors, tensor_difference, write_tensors
 from ..distill.estimator import LoRAEstimator
 from ..distill.vsd import vsd
 from ..noise_error.error import ErrorCurve
-from ..noise_error.measure import ImageBatch, measure_curve
+from ..noise_error.measure import ImageBatch, ImageSource, measure_curve
 from ..prior.base import Prior
 from ..toy.image_toy import image_settings, image_start
 from ..toy.lockstep import Lockstep
@@ -91,13 +93,23 @@ def distilled(
     return ImageBatch(latents, texts, latents=True), estimator
 
 # %% ../../nbs/90_commands/08_kept_results.ipynb #f75473b5
-def measured(path: Path, *what: Any, **how: Any) -> ErrorCurve:
-    "The curve in `path`; if it does not exist, `measure_curve(*what, **how)`, saved there."
+def measured(
+    path: Path, prior: Prior, images: ImageSource, timesteps: Sequence[int] | Tensor, **how: Any
+) -> ErrorCurve:
+    """The curve in `path`; if it does not exist, `measure_curve(...)`, saved there.
+
+    Raises `UsageError` for a curve of other timesteps or images, `RunError` for a damaged file."""
     if os.path.lexists(path):
-        return ErrorCurve.load(path)
+        curve = ErrorCurve.load(path)
+        same = curve.timesteps.tolist() == torch.as_tensor(timesteps).tolist()
+        if not same or len(curve.texts) != len(images):
+            raise UsageError(
+                f"{shown_path(path)} holds a curve of other timesteps or images: {_REMEDY}"
+            )
+        return curve
     partial_path = path.with_suffix(".partial.jsonl")
     try:
-        curve = measure_curve(*what, **how, partial=partial_path)
+        curve = measure_curve(prior, images, timesteps, **how, partial=partial_path)
     except KeyboardInterrupt:
         raise Stopped(
             f"stopped; what is measured is in {partial_path}: run the same command to continue"

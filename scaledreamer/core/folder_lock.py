@@ -104,7 +104,7 @@ def lock_owner(folder: Path) -> str | None:
     "The process that has a folder locked, in words; None if there is none."
     path = folder / ".lock"
     try:
-        descriptor = os.open(path, os.O_RDONLY if fcntl else os.O_RDWR)
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK if fcntl else os.O_RDWR)
     except OSError:
         return None
     try:

@@ -10,13 +10,14 @@ __all__ = ['COSTS', 'REFERENCES', 'VERSION', 'training_rows', 'failure_row', 'wr
 import io
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ..core.files import read_json, shown_path, write_atomic
-from ..core.settings import RunError, UsageError
+from ..core.files import read_json, read_regular_file, shown_path, write_atomic
+from ..core.settings import RunError, UsageError, shorten
 from ..core.statistics import difference_text, estimate
 from .grid import Training
 
@@ -26,14 +27,29 @@ REFERENCES = ("truth", "chance")  # what the metrics are of the true objects, an
 _REMEDY = "delete it, and evaluate the run again"
 
 
+def _is_row(row: Any) -> bool:
+    "Whether a JSON value has a prompt, and otherwise truth values and numbers that a table holds."
+    numbers = lambda v: isinstance(v, (bool, NoneType)) or abs(v) <= 2**53
+    return (
+        isinstance(row, dict)
+        and all(isinstance(row.get(name), str) for name in ("id", "text"))
+        and all(isinstance(v, (str, dict, list)) or numbers(v) for v in row.values())
+    )
+
+
 def training_rows(training: Training, folder: Path) -> list[dict[str, Any]]:
     "A row per prompt from the evaluation in a run folder. Raises `RunError` where it is damaged."
-    result = read_json(folder / "eval.json", dict, RunError, _REMEDY)
+    path = folder / "eval.json"
+    result = read_json(path, dict, RunError, _REMEDY)
     about = {name: result.get(name) for name in COSTS} | {"command": training.command}
-    for name in REFERENCES:
-        about |= {f"{name} {metric}": value for metric, value in result.get(name, {}).items()}
     plain = lambda row: {k: v for k, v in row.items() if not isinstance(v, (dict, list))}
-    return [{**training.labels, **plain(row), **about} for row in result["per_prompt"]]
+    for name in REFERENCES:
+        known = result.get(name) if isinstance(result.get(name), dict) else {}
+        about |= {f"{name} {metric}": value for metric, value in plain(known).items()}
+    rows = result.get("per_prompt")
+    if not isinstance(rows, list) or not all(map(_is_row, [*rows, about | {"id": "", "text": ""}])):
+        raise RunError(f"{shown_path(path)} has no rows of prompts and numbers: {_REMEDY}")
+    return [{**training.labels, **plain(row), **about} for row in rows]
 
 
 def failure_row(training: Training, message: str) -> dict[str, Any]:
@@ -45,9 +61,19 @@ VERSION = b"1"
 
 
 def write_grid_results(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    "Write rows as Parquet, atomically; a column that a row lacks is null there."
+    """Write rows as Parquet, atomically; a column that a row lacks is null there.
+
+    Raises `RunError` for a column of texts in some rows, and of numbers in others."""
     rows = list(rows)
     names = dict.fromkeys(name for row in rows for name in row)
+    for name in names:
+        values = [row[name] for row in rows if row.get(name) is not None]
+        kinds = {type(v) if isinstance(v, (str, bool)) else float for v in values}
+        if len(kinds) > 1:
+            raise RunError(
+                f"{name} is {shorten(values[0])} in one evaluation and not of that type in another:"
+                " evaluate the runs again, with one version"
+            )
     table = pa.Table.from_pylist([{name: row.get(name) for name in names} for row in rows])
     buffer = io.BytesIO()
     pq.write_table(table.replace_schema_metadata({b"scaledreamer.results": VERSION}), buffer)
@@ -56,16 +82,18 @@ def write_grid_results(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
 
 def read_grid_results(path: Path) -> list[dict[str, Any]]:
     "The rows of a results file. Raises `RunError` for another file or another version."
+    remedy = "run the grid again"
+    content = read_regular_file(path, RunError, remedy)
     try:
-        table = pq.read_table(path)
+        table = pq.read_table(pa.BufferReader(content))
     except (OSError, pa.ArrowException) as error:
         raise RunError(
-            f"{shown_path(path)} cannot be read ({str(error).splitlines()[0]}): run the grid again"
+            f"{shown_path(path)} cannot be read ({shorten(error, str, 200)}): {remedy}"
         ) from None
     version = (table.schema.metadata or {}).get(b"scaledreamer.results")
     if version != VERSION:
-        found = "another program" if version is None else f"version {version.decode()}"
-        raise RunError(f"{shown_path(path)} was written by {found}: run the grid again")
+        found = "another program" if version is None else f"version {shorten(version)}"
+        raise RunError(f"{shown_path(path)} was written by {found}: {remedy}")
     return table.to_pylist()
 
 # %% ../../nbs/87_grids/30_results.ipynb #64f65898

@@ -6,6 +6,7 @@
 __all__ = ['Predict', 'CurveFile', 'ErrorTable', 'ErrorCurve', 'check_timesteps', 'noise_errors']
 
 # %% ../../nbs/40_noise_error/10_error.ipynb #9cc1aefa
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from ..core.settings import RunError, UsageError, from_json
 from ..core.statistics import t_half_width
-from ..core.files import write_json_atomic
+from ..core.files import read_json, shown_path, write_json_atomic
 from ..prior.base import Prior
 from ..prior.guidance import classifier_free_guidance
 
@@ -93,12 +94,16 @@ class ErrorCurve(ErrorTable):
     @classmethod
     def load(cls, path: str | Path) -> Self:
         "Raises `RunError` for a file that is absent or contains no curve."
+        remedy = "measure it again"
+        value = read_json(path, dict, remedy=remedy)
         try:
-            f = from_json(CurveFile, Path(path).read_text(encoding="utf-8"))
+            f = from_json(CurveFile, json.dumps(value))
+            if not all(0 <= t < 10**6 for t in f.timesteps):
+                raise UsageError("its timesteps are not below 10^6")
             errors = torch.tensor(f.errors, dtype=torch.float64)
             return cls(torch.tensor(f.timesteps), errors, f.label, f.texts)
-        except (OSError, ValueError) as error:
-            raise RunError(f"{path} holds no curve ({error}): measure it again") from None
+        except ValueError as error:
+            raise RunError(f"{shown_path(path)} holds no curve ({error}): {remedy}") from None
 
 # %% ../../nbs/40_noise_error/10_error.ipynb #021c8839
 # (x_t [r, ...], t [r], tokens [r, n, d]), and a camera [r, 16] where there is one -> eps
