@@ -1,46 +1,36 @@
 """Run folders that are damaged, moved, shared, killed or resumed with other settings.
 
-`RUN_FOLDER_MUTATIONS=1000` makes as many seeded mutations of a run folder; by default 100."""
+Seeded damage of every kind is in `test_fuzz.py`."""
 
 import contextlib
 import io
-import json
 import os
-import random
 import shutil
 import signal
 import subprocess
 import sys
 import threading
 import warnings
-import zlib
-from collections import Counter
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
+from command_line import call, quick_commands
+from damage import DEEP
 from fixtures import two_prompts
-from PIL import Image
 
-from scaledreamer.commands import cli, evaluate
-from scaledreamer.commands.evaluate import training_cost
+from scaledreamer.commands import cli
+from scaledreamer.commands.evaluate import Evaluate, training_cost
 from scaledreamer.commands.export import Export
 from scaledreamer.commands.train import Train
-from scaledreamer.core.files import MAX_FILE_BYTES, read_text_file
 from scaledreamer.core.interrupts import interrupt_code
 from scaledreamer.core.settings import RunError, UsageError
-from scaledreamer.eval.clip import ClipScorer
 from scaledreamer.prior.stable_diffusion import TINY
-from scaledreamer.training import memory_estimate, trainer
-from scaledreamer.training import run as run_module
 from scaledreamer.training.checkpoints import checkpoint_steps
 from scaledreamer.training.run_folder import read_run_settings
 from scaledreamer.training.run_logs import read_rows
-from scaledreamer.training.train_settings import build_prior
 from scaledreamer.training.trainer import open_run, run_training
-from scaledreamer.view import run_report
 
 STEPS, STOPPED = 4, 3  # of the whole run, and of the one in `folder`, with checkpoints 2 and 3
 posix = pytest.mark.skipif(os.name != "posix", reason="pipes, links and signals of POSIX")
@@ -87,248 +77,22 @@ def warned(call, *arguments, **options):
     return result, " / ".join(str(one.message) for one in caught)
 
 
-def checksums(folder):
-    "CRC-32 of every file in a folder."
-    return {path: zlib.crc32(path.read_bytes()) for path in folder.rglob("*") if path.is_file()}
-
-
-# ---------------------------------------------------------------- 1,000 seeded mutations
-
-DEEP = b"[" * 10**5
-ODD = [None, True, -1, 0, 17, 1.5, 1e300, 10**19, 10**30, "", "x", "\ud800", [], {}, [[]], {"a": 1}]
-CONTENTS = [b"", b"null", b"17", b'"x"', b"[]", b"{}", b"[null]", DEEP, b"\xff\xfe\x00", b"NaN"]
-
-
-def _json_path(value, rng):
-    "A random list or dict inside a JSON value, and a random key of it."
-    places = []
-
-    def visit(node):
-        if isinstance(node, (dict, list)) and node:
-            places.extend(
-                (node, key) for key in (node if isinstance(node, dict) else range(len(node)))
-            )
-            for child in node.values() if isinstance(node, dict) else node:
-                visit(child)
-
-    visit(value)
-    return rng.choice(places) if places else None
-
-
-def _change_json(text, rng):
-    "The text of a JSON or JSON Lines file with a key removed or a value replaced."
-    lines = [text] if text.startswith("{\n") else text.split("\n")[:-1]
-    i = rng.randrange(len(lines)) if lines else 0
-    try:
-        value = json.loads(lines[i])
-        node, key = _json_path(value, rng)
-    except (ValueError, IndexError, TypeError):
-        return text + "{"
-    if rng.random() < 0.5:
-        del node[key]
-    else:
-        node[key] = rng.choice(ODD)
-    lines[i] = json.dumps(value)
-    return "\n".join(lines) + "\n"
-
-
-def _change_bytes(content, rng):
-    "Content with bytes flipped, cut, inserted, repeated, or with other line ends."
-    content, kind = bytearray(content), rng.randrange(8)
-    if kind == 0:
-        return content[: rng.randrange(len(content) + 1)]
-    if kind == 1:
-        for _ in range(rng.randrange(1, 9)):
-            if content:
-                content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
-    if kind == 2:
-        at = rng.randrange(len(content) + 1)
-        content[at:at] = rng.randbytes(rng.randrange(1, 40))
-    if kind == 3:
-        content += rng.choice([b"\n", b"x", b'{"step', b"\x00" * 20, bytes(content)])
-    if kind == 4:
-        lines = content.split(b"\n")
-        rng.shuffle(lines)
-        content = b"\n".join(lines)
-    if kind == 5:
-        content = content.replace(b"\n", b"\r\n")
-    if kind == 6:
-        content = b"\xef\xbb\xbf" + content
-    if kind == 7 and content:
-        at = rng.randrange(len(content))
-        del content[at : at + rng.randrange(1, 200)]
-    return content
-
-
-def _replace_by(path, rng):
-    "Something that is no regular file in place of a file or folder."
-    shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
-    kind = rng.choice(
-        ["nothing", "pipe", "folder", "dangling", "circle", "device", "file", "sparse"]
-    )
-    if kind == "pipe":
-        os.mkfifo(path)
-    if kind == "folder":
-        path.mkdir()
-    if kind in ("dangling", "circle", "device"):
-        path.symlink_to({"dangling": "nowhere", "circle": path.name, "device": "/dev/zero"}[kind])
-    if kind in ("file", "sparse"):
-        path.touch()
-        size = MAX_FILE_BYTES + 1 if "json" in path.suffix else 1 << 26
-        os.truncate(path, size if kind == "sparse" else 0)
-    return kind
-
-
-def mutate(folder, rng):
-    "Damage one file or folder of a run; returns its name and what was done."
-    names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
-    often = [name for name in names if name.endswith(("json", "jsonl", "safetensors"))] * 3
-    name = rng.choice(names + often)
-    path = folder / name
-    if path.is_file():  # the copy is made of hard links
-        content = path.read_bytes()
-        path.unlink()
-        path.write_bytes(content)
-    if path.is_dir() or rng.random() < 0.2:
-        return name, _replace_by(path, rng)
-    content, kind = path.read_bytes(), rng.randrange(3)
-    if kind == 0 and path.suffix in (".json", ".jsonl"):
-        path.write_text(_change_json(content.decode(), rng), errors="surrogatepass")
-        return name, "json"
-    if kind == 1:
-        path.write_bytes(rng.choice(CONTENTS))
-        return name, "content"
-    path.write_bytes(_change_bytes(content, rng))
-    return name, "bytes"
-
-
 @pytest.fixture
 def commands(settings, monkeypatch, tmp_path):
-    """Runs commands without parsing, estimates and networks that a damaged folder does not reach:
-    the prior is made once, and metrics and pictures of an evaluation are not computed."""
-    priors = {}
-
-    def cached(settings, prompts, **options):
-        key = (settings.prior, tuple(prompts), settings.seed, settings.distill.view_prompting)
-        if key not in priors or settings.prior != "mixture":
-            priors[key] = build_prior(settings, prompts, **options)
-        return priors[key]
-
-    monkeypatch.setattr(run_module, "build_prior", cached)
-    dot = Image.new("RGB", (1, 1))
-    figure = SimpleNamespace(savefig=lambda buffer, **_: dot.save(buffer, "png"))
-    monkeypatch.setattr(os, "fsync", lambda _: None)
-    monkeypatch.setattr(trainer, "check_memory", lambda *_: None)
-    monkeypatch.setattr(memory_estimate, "memory_line", lambda *_: "")
-    monkeypatch.setattr(trainer, "image_grid", lambda *_, **__: dot)
-    monkeypatch.setattr(trainer, "render_views", lambda *_: SimpleNamespace(rgb=torch.zeros(1, 1)))
-    monkeypatch.setattr(run_report, "curves", lambda *_, **__: figure)
-    monkeypatch.setattr(
-        evaluate, "evaluate_scenes", lambda *_, **__: {"sim": 0.5, "per_prompt": []}
-    )
-    scorer = ClipScorer.load()
-
-    class Evaluated:
-        def __init__(self, folder):
-            self.folder = folder
-
-        def run(self):
-            return str(evaluate.evaluate_run(open_run(self.folder), scorer, views=1)["sim"])
-
+    "Runs a command without parsing and slow parts: its exit code, and the lines of stderr."
+    quick_commands(monkeypatch)
     made = {
         "train": lambda run: Train(settings, out=run, resume=True, eval_views=0),
         "export": lambda run: Export(run, "a red ball", tmp_path / "mesh.ply", resolution=8),
-        "evaluate": Evaluated,
+        "evaluate": lambda run: Evaluate(run, views=1),
     }
     monkeypatch.setattr(cli, "parse", lambda argv: made[argv[0]](Path(argv[1])))
 
-    def call(name, run):
-        "Exit code and lines of stderr; a traceback fails, a hang is an exception."
+    def run(name, folder):
+        called = call(name, str(folder))
+        return called.code, called.lines
 
-        def late(*_):
-            raise TimeoutError(f"{name} hangs")
-
-        before = signal.signal(signal.SIGALRM, late)
-        signal.alarm(60)
-        (tmp_path / "mesh.ply").unlink(missing_ok=True)
-        try:
-            with (
-                contextlib.redirect_stderr(io.StringIO()) as err,
-                contextlib.redirect_stdout(io.StringIO()),
-            ):
-                code = cli.run_command([name, str(run)])
-        finally:
-            signal.alarm(0)
-            signal.signal(signal.SIGALRM, before)
-        return code, [line for line in err.getvalue().split("\n") if line]
-
-    return call
-
-
-def _as_before(run, known):
-    "Whether config and prompts are still those of the run."
-    try:
-        same = read_text_file(run / "prompts.jsonl") == known[1]
-        return same and _compared(read_run_settings(run)) == _compared(known[0])
-    except RunError:
-        return False
-
-
-def _compared(settings):
-    free = {"log_every": 1, "validate_every": 2, "checkpoint_every": 2, "steps": STEPS}
-    return replace(settings, **free, device="cpu", corpus="")
-
-
-@posix
-def test_a_damaged_run_folder_gives_the_right_result_or_one_sentence(
-    folder, whole, settings, commands, tmp_path
-):
-    known = read_run_settings(folder), (folder / "prompts.jsonl").read_text()
-    meshes = {}
-    for step in (2, 3):
-        one = shutil.copytree(folder, tmp_path / f"at{step}")
-        shutil.rmtree(one / "checkpoints/000003") if step == 2 else None
-        assert commands("export", one)[0] == 0
-        meshes[step] = (tmp_path / "mesh.ply").read_bytes()
-    assert meshes[2] != meshes[3]
-    counts, problems, known_bytes = Counter(), [], checksums(folder)
-    for seed in range(int(os.environ.get("RUN_FOLDER_MUTATIONS", 100))):
-        rng = random.Random(seed)
-        run = shutil.copytree(folder, tmp_path / "mutant", copy_function=os.link)
-        name, what = mutate(run, rng)
-        command = rng.choice(["train", "train", "export", "export", "evaluate"])
-        same = _as_before(run, known)
-        code, lines = None, []
-        try:
-            code, lines = commands(command, run)
-            own = [line for line in lines if line.startswith("scaledreamer: ")]
-            assert code in (0, 1, 2) and len(own) >= (code != 0), lines
-            assert not [line for line in lines if "Traceback" in line], lines
-            if code == 0 and command == "export":
-                older = any("the checkpoint of step 2 is used" in line for line in own)
-                step = 2 if older or not (run / "checkpoints/000003").exists() else 3
-                if same:
-                    assert (tmp_path / "mesh.ply").read_bytes() == meshes[step], "another mesh"
-            if code == 0 and command == "train":
-                last = open_run(run)
-                assert last.step == STEPS and torch.equal(weights(last), weights(whole)), "weights"
-                rows = read_rows(run / "metrics.jsonl", "step")
-                kept = {row["step"]: row for row in read_rows(whole.folder / "metrics.jsonl")}
-                if not name.startswith("metrics"):
-                    assert rows == list(kept.values()), "metrics"
-            if code == 0 and command == "evaluate":
-                assert json.loads((run / "eval.json").read_text())["sim"] == 0.5
-        except BaseException as error:  # one line per seed, below
-            if isinstance(error, KeyboardInterrupt):
-                raise
-            problems.append(
-                f"{seed} {command} {name} ({what}): {type(error).__name__} {error} {lines}"
-            )
-        counts[command, code] += 1
-        shutil.rmtree(run)
-    print(sorted(counts.items(), key=str))
-    assert checksums(folder) == known_bytes
-    assert not problems, f"{len(problems)} of {sum(counts.values())}\n" + "\n".join(problems)
+    return run
 
 
 # ---------------------------------------------------------------- single kinds of damage

@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ..core.settings import RunError, UsageError
+from ..core.settings import RunError, UsageError, shorten
 from ..core.files import json_lines, read_text_file, shown_path, split_json_lines
 from ..core.files import write_atomic
 from ..core.progress import progress_bar
@@ -160,12 +160,19 @@ def _begin(path: Path, head: dict[str, Any]) -> list[tuple[str, list[float]]]:
     "Finished rows of the file, which is created, or rewritten without an incomplete line."
     empty = not os.path.lexists(path) or path.is_file() and not path.stat().st_size
     found, rows = (head, []) if empty else read_partial(path)
+    remedy = "give another file, or delete it"
     for key, value in head.items():
         if found.get(key) != value:
             raise UsageError(
-                f"{path} was begun with {key} {found.get(key)!r}, not {value!r}: "
-                "give another file, or delete it"
+                f"{shown_path(path)} was begun with {key} {shorten(found.get(key))}, not "
+                f"{shorten(value)}: {remedy}"
             )
+    sizes = {len(errors) for _, errors in rows}
+    if len(rows) > head["images"] or not sizes <= {len(head["timesteps"])}:
+        raise RunError(
+            f"{shown_path(path)} has {len(rows)} of {head['images']} images with {sorted(sizes)} "
+            f"errors, not {len(head['timesteps'])}: {remedy}"
+        )
     write_atomic(path, json_lines([head, *rows]))
     return rows
 
@@ -180,8 +187,8 @@ def _compare(path: Path, i: int, kept: tuple[str, list[float]], text: str, error
     stored = torch.tensor(kept[1], dtype=torch.float64)
     if kept[0] != text or not torch.allclose(stored, errors, rtol=1e-3, atol=1e-9):
         raise UsageError(
-            f"image {i} of {path} was measured on another image ({kept[0]!r}) or prior than this "
-            f"one ({text!r}): give another file, or delete it"
+            f"image {i} of {shown_path(path)} was measured on another image ({shorten(kept[0])}) "
+            f"or prior than this one ({shorten(text)}): give another file, or delete it"
         )
 
 # %% ../../nbs/40_noise_error/20_measure.ipynb #857bf5e8
