@@ -30,14 +30,14 @@ class Hang(BaseException):
 
 def _watch(done: threading.Event, main: int) -> None:
     """Interrupts the main thread when it hangs: it computes for half of `LIMIT`, or for `LIMIT` it
-    computes nothing. A process that waits for a busy machine does compute, if slowly."""
-    begun, used = time.monotonic(), time.process_time()
-    last, moved = begun, used
+    computes next to nothing. A process that waits for a busy machine does compute, if slowly."""
+    used = lambda: time.process_time() - time.thread_time()  # without this thread
+    begun, last, moved = used(), time.monotonic(), used()
     for _ in iter(lambda: done.wait(1.0), True):
-        now, spent = time.monotonic(), time.process_time()
-        if spent - moved > 0.2:
+        now, spent = time.monotonic(), used()
+        if spent - moved > 0.3:
             last, moved = now, spent
-        if spent - used > LIMIT / 2 or now - last > LIMIT:
+        if spent - begun > LIMIT / 2 or now - last > LIMIT:
             faulthandler.dump_traceback(sys.__stderr__)
             signal.pthread_kill(main, signal.SIGALRM)
             if not done.wait(30):  # in code that no signal interrupts
