@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Collection, Iterator
+from copy import deepcopy
 from dataclasses import dataclass
 from types import SimpleNamespace
 
@@ -17,6 +18,7 @@ import torch
 from PIL import Image
 
 from scaledreamer.commands import cli, curve_and_toy, evaluate
+from scaledreamer.core.settings import RunError
 from scaledreamer.training import memory_estimate, train_settings, trainer
 from scaledreamer.training import run as run_module
 from scaledreamer.view import run_report
@@ -101,6 +103,10 @@ def _once(function: Callable, key: Callable) -> Callable:
     return get
 
 
+def no_surface(*_, **__) -> None:
+    raise RunError("no surface")
+
+
 def quick_commands(monkeypatch: pytest.MonkeyPatch, priors: Collection[str] = ("mixture",)) -> None:
     """Without what damaged files do not reach: waiting for the disk, estimates of memory, pictures
     and metrics of an evaluation. The named priors, and the included CLIP model, open once."""
@@ -125,6 +131,10 @@ def quick_commands(monkeypatch: pytest.MonkeyPatch, priors: Collection[str] = ("
     monkeypatch.setattr(trainer, "image_grid", lambda *_, **__: dot)
     monkeypatch.setattr(trainer, "render_views", lambda *_: SimpleNamespace(rgb=torch.zeros(1, 1)))
     monkeypatch.setattr(run_report, "curves", lambda *_, **__: figure)
-    monkeypatch.setattr(
-        evaluate, "evaluate_scenes", lambda *_, **__: {"sim": 0.5, "per_prompt": []}
-    )
+    monkeypatch.setattr(run_report, "turntable_frames", lambda *_, **__: torch.zeros(8, 3, 1, 1))
+    monkeypatch.setattr(run_report, "true_views", lambda _: None)
+    monkeypatch.setattr(run_report, "picture_level", lambda *_: 0.0)
+    for name in ("extract_mesh", "scene_meshes"):
+        monkeypatch.setattr(run_report, name, no_surface)
+    found = {"sim": 0.5, "per_prompt": [{"id": "0000", "text": "a red ball", "sim": 0.5}]}
+    monkeypatch.setattr(evaluate, "evaluate_scenes", lambda *_, **__: deepcopy(found))

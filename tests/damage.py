@@ -245,7 +245,7 @@ def _other_table(content: bytes, rng: random.Random) -> tuple[bytes, str]:
 # ---------------------------------------------------------------- what is no regular file
 
 
-def _socket(path: Path) -> None:
+def socket_file(path: Path) -> None:
     here = os.getcwd()
     os.chdir(path.parent)  # the address of a socket is short
     try:
@@ -268,7 +268,7 @@ PLACES: dict[str, Callable[[Path], None]] = {
     "a link to itself": lambda path: path.symlink_to(path.name),
     "a link to /dev/zero": lambda path: path.symlink_to("/dev/zero"),
     "a link to /dev/full": lambda path: path.symlink_to("/dev/full"),
-    "a socket": _socket,
+    "a socket": socket_file,
     "an empty file": Path.touch,
     "a huge sparse file": _sparse,
 }

@@ -16,6 +16,7 @@ from zlib import crc32
 import numpy as np
 import pytest
 import torch
+from damage import PLACES
 
 from scaledreamer.core.folder_lock import locked_folder
 from scaledreamer.core.settings import RunError, UsageError
@@ -225,15 +226,9 @@ def test_a_store_that_has_all_is_only_read(copy):
 
 def damage(path: Path, how: str) -> None:
     value = path.read_bytes()
-    if how in ("fifo", "folder", "link", "missing"):
+    if how in PLACES:
         path.unlink()
-        if how == "fifo":
-            os.mkfifo(path)
-        elif how == "folder":
-            path.mkdir()
-        elif how == "link":
-            path.symlink_to("nowhere")
-        return
+        return PLACES[how](path)
     rng = random.Random(how)
     changed = bytearray(value)
     if how == "bit":
@@ -249,7 +244,8 @@ def damage(path: Path, how: str) -> None:
     path.write_bytes(bytes(changed))
 
 
-WAYS = ("bit", "short", "empty", "random", "longer", "fifo", "folder", "link", "missing")
+NO_FILE = ("a pipe", "a folder", "a link to nowhere", "nothing")
+WAYS = ("bit", "short", "empty", "random", "longer", *NO_FILE)
 
 
 @pytest.mark.parametrize("how", WAYS)
@@ -265,7 +261,7 @@ def test_a_damaged_shard_is_encoded_anew_and_no_other(how, whole, copy):
     assert torch.equal(found.tokens[:, :n], exact.tokens[[3 * EACH + 1, 0]].half().float())
     assert sorted(seen) == sorted(TEXTS[3 * EACH : 4 * EACH])
     kept = {name for name in os.listdir(copy / FOLDER) if ".damaged" in name}
-    assert len(kept) == (how != "missing")
+    assert len(kept) == (how != "nothing")
     files = {p.name: p.read_bytes() for p in (copy / FOLDER).iterdir() if p.name not in kept}
     assert files == content(whole)
 
@@ -277,14 +273,14 @@ def test_a_shard_of_another_store_in_its_place_is_found(copy):
         check_rows(StoredTexts(copy, ENCODING, TEXTS).store, TEXTS)
 
 
-@pytest.mark.parametrize("how", ("empty", "random", "short", "fifo", "folder", "link", "missing"))
+@pytest.mark.parametrize("how", ("empty", "random", "short", *NO_FILE))
 def test_a_damaged_index_is_made_again_from_the_shards(how, whole, copy):
     damage(copy / FOLDER / "index.json", how)
     never = replace(ENCODING, encode=lambda texts: pytest.fail("nothing is to be encoded"))
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         check_rows(complete_store(copy, never, TEXTS), TEXTS)
-    assert bool(caught) == (how != "missing")
+    assert bool(caught) == (how != "nothing")
     assert content(copy).keys() - {"index.json.damaged"} == content(whole).keys()
     assert (copy / FOLDER / "index.json").read_bytes() == content(whole)["index.json"]
 

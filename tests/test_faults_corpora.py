@@ -5,7 +5,6 @@ import json
 import os
 import pickle
 import random
-import socket
 import struct
 import time
 import warnings
@@ -19,6 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
+from damage import socket_file
 from safetensors.torch import save_file
 
 from released import fixture
@@ -132,16 +132,6 @@ def test_a_corpus_is_read_as_it_is_written(name, tmp_path):
 
 def fifo(path):
     os.mkfifo(path)
-
-
-def socket_file(path):
-    here = os.getcwd()
-    os.chdir(path.parent)  # the address of a socket is short
-    try:
-        with socket.socket(socket.AF_UNIX) as server:
-            server.bind(path.name)
-    finally:
-        os.chdir(here)
 
 
 def sparse(path):

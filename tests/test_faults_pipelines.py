@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import re
 import shutil
 import warnings
@@ -12,6 +13,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
+from damage import damage
 from safetensors.torch import load_file, save_file
 
 from scaledreamer.core.settings import RunError, UsageError
@@ -36,14 +38,6 @@ WEIGHTS = (
     "unet/diffusion_pytorch_model.safetensors",
     "vae/diffusion_pytorch_model.safetensors",
     "text_encoder/model.safetensors",
-)
-VALUES = (
-    *(None, True, 0, -1, 1, 3, 10**6, 10**25, 0.5, -1e9, "", "x", "é" * 300, [], {}, [None], [0]),
-    *([1, 2], ["a", 3], {"a": 1}, [[1]], "null", [True], [64, 64], 1e300),
-)
-RAW = (
-    *(b"", b"[]", b"null", b"5", b'"text"', b"{", b"\xff\xfe\x00", b'{"a": NaN}', b"{}"),
-    *(b"[" * 10**5, b'{"a":' * 10**5, b'{"a": ' + b"9" * 10**4 + b"}", b'{"a": "\\ud800"}'),
 )
 
 
@@ -78,59 +72,22 @@ def refusal(given, error=(UsageError, RunError), **options) -> str:
     return message
 
 
-def mutate(folder: Path, rng: np.random.Generator) -> tuple[str, str]:
-    "One random fault of one file: the file, and what was done."
-    kind = rng.choice(["entry", "entry", "entry", "missing", "raw", "file", "weights"])
-    if kind == "weights":
-        file = str(rng.choice(WEIGHTS))
-        path, size = folder / file, (folder / file).stat().st_size
-        content = bytearray(path.read_bytes()[: int(rng.integers(size))])
-        if rng.random() < 0.5:  # the same length, another header
-            content = bytearray(path.read_bytes())
-            content[int(rng.integers(200))] = int(rng.integers(256))
-        path.write_bytes(content)
-        return file, kind
-    file = str(rng.choice(CONFIGS))
-    path = folder / file
-    if kind == "raw":
-        path.write_bytes(RAW[rng.integers(len(RAW))])
-    elif kind == "file":
-        path.unlink()
-        how = rng.choice(["gone", "folder", "pipe", "link"])
-        make = {"folder": path.mkdir, "pipe": lambda: os.mkfifo(path), "gone": lambda: None}
-        make.get(how, lambda: path.symlink_to(folder / "nowhere"))()
-        return file, f"{kind} {how}"
-    else:
-        config = json.loads(path.read_text())
-        key = str(rng.choice(sorted(config)))
-        value = VALUES[rng.integers(len(VALUES))]
-        if kind == "missing":
-            del config[key]
-        elif isinstance(config[key], list) and config[key] and rng.random() < 0.5:
-            config[key] = [value, *config[key][1:]]
-        else:
-            config[key] = value
-        path.write_text(json.dumps(config))
-        return file, f"{kind} {key} {str(value)[:40]!r}"
-    return file, kind
-
-
 def outcome(whole: Path, folder: Path, seed: int) -> tuple[str, str]:
-    "What comes of the mutation of a seed: loaded, or the kind of error, and the message."
+    "What comes of the damage of a seed: loaded, or the kind of error, and the message."
     shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(whole, folder)
-    file, fault = mutate(folder, np.random.default_rng(seed))
+    found = damage(folder, [*CONFIGS, *WEIGHTS], random.Random(seed), folder / "executed")
     try:
         StableDiffusionPrior.from_pretrained(folder)
-        return "loaded", f"{file} {fault}"
+        kind, message = "loaded", ""
     except (UsageError, RunError) as error:
         message = str(error)
-        part = file.split("/")[0]
-        named = file in message or part in message or "model_index.json" in message
+        names = found.file, found.file.split("/")[0], "model_index.json"
         short = "\n" not in message and len(message) < 1000
-        return ("refused" if named and short else "unclear"), f"{file} {fault}: {message}"
+        kind = "refused" if any(x in message for x in names) and short else "unclear"
     except Exception as error:  # what must not be
-        return type(error).__name__, f"{file} {fault}: {error}"
+        kind, message = type(error).__name__, str(error)
+    return "executed" if (folder / "executed").exists() else kind, f"{found}: {message}"
 
 
 def test_a_sample_of_damaged_folders(whole, tmp_path):
