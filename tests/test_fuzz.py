@@ -9,6 +9,7 @@ import json
 import os
 import random
 import re
+import resource
 import shutil
 import stat
 import traceback
@@ -183,6 +184,13 @@ def lora(home: Path) -> None:
     StableDiffusionPipeline.save_lora_weights(home / "lora", state)
 
 
+def single(home: Path) -> None:
+    "Priors in one file, which hold too little."
+    tensors = {f"{name}.weight": torch.ones(2, 3) for name in ("model", "first_stage_model")}
+    save_file(tensors, home / "one.safetensors")
+    torch.save({"state_dict": tensors}, home / "one.ckpt")
+
+
 def results(home: Path) -> None:
     "Results of earlier commands."
     (home / "toy").mkdir()
@@ -210,6 +218,7 @@ PARTS: dict[str, tuple[Callable[[Path], None], list[str], list[str]]] = {
     "released": (released, ["ckpts", "configs", "bare.safetensors"], ["prior", "two"]),
     "clip": (clip, ["clip"], ["run", "two"]),
     "lora": (lora, ["lora"], ["prior", "two"]),
+    "single": (single, ["one.safetensors", "one.ckpt"], ["two"]),
     "results": (results, ["toy", "mesh.ply", "turn.gif", "old", "old.json"], ["run", "two"]),
 }
 
@@ -274,11 +283,12 @@ KINDS = {
     "curve": Kind("curve", ("c.*",), (f"{CURVE} --steps 2",), ("c.partial.jsonl",)),
     "released": Kind(
         "released",
-        ("ckpts/*", "configs/*", "*.safetensors"),
+        ("ckpts/*", "configs/*", "bare*"),
         (f"import-weights ckpts/last.ckpt {IMPORT}", f"import-weights bare.safetensors {IMPORT}"),
     ),
     "clip": Kind("clip", ("clip/*",), ("evaluate run --views 1 --clip clip",), RUN_FILES),
     "lora": Kind("lora", ("lora/*", "lora"), (f"{EMBED} --prior-settings.lora lora",)),
+    "single file": Kind("single", ("one.*",), ("corpus two.json --prior {}",)),
     "result": Kind(
         "results",
         ("toy", "toy/*", "*.ply", "*.gif", "old*"),
@@ -528,14 +538,19 @@ def make_case(number: int, kind: str, place: Path, whole: Files, canary: Path) -
     rng = random.Random(f"{os.environ.get('FUZZ_SEED', 0)}/{number}")
     whole.copy(KINDS[kind].part, place)
     found = damage(place, names_of(place, KINDS[kind].files), rng, canary)
-    return Case(number, kind, found, rng.choice(KINDS[kind].commands).format(found.file), place)
+    first, commands = found.file.split("/")[0], [c.format(found.file) for c in KINDS[kind].commands]
+    own = [c for c in commands if first in {word.split("/")[0] for word in c.split()}]
+    return Case(number, kind, found, rng.choice(own or commands), place)
 
 
 def run_case(case: Case, whole: Files, oracle: Oracle, canary: Path) -> int:
     "The exit code of a case. Raises for what must not be."
     before, known = state_of(case.place), oracle.settings(case.place / "run")
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with contextlib.chdir(case.place):
         called = call(*case.command.split())
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory
+    assert memory < 1 << 20, f"{memory / 1e6:.1f} GB of memory"
     assert not canary.exists(), "code was run"
     check_words(called.lines, called.said, called.code)
     lost = lost_files(case, before, whole)
@@ -554,56 +569,55 @@ def failure(case: Case, error: BaseException) -> str:
     return f"{case}\n    {type(error).__name__} {str(error)[:300]} {' '.join(ours[-4:])}"
 
 
-def test_the_commands_read_what_is_whole(quick, tmp_path):
+@pytest.fixture(scope="module")
+def whole(quick, tmp_path_factory):
+    "The files that are copied and damaged."
+    return Files(tmp_path_factory.mktemp("whole"))
+
+
+def test_the_commands_read_what_is_whole(whole, tmp_path):
     "Otherwise a damaged file would prove nothing."
-    (home := tmp_path / "whole").mkdir()
-    whole = Files(home)
     for name in os.environ.get("FUZZ_KINDS", ",".join(KINDS)).split(","):
         for i, command in enumerate(dict.fromkeys(KINDS[name].commands)):
-            if name in ("corpus", "result"):
+            if name in ("corpus", "single file", "result"):
                 continue
             whole.copy(KINDS[name].part, place := tmp_path / f"{name}{i}")
             with contextlib.chdir(place):
-                t = __import__("time").process_time()
                 called = call(*command.split())
-                print(name, command, round(__import__("time").process_time() - t, 2))
             assert called.code == 0, f"{command}: {called.lines}"
 
 
-def test_damaged_files_give_the_right_result_or_one_sentence(quick, tmp_path):
-    (home := tmp_path / "whole").mkdir()
-    whole, canary = Files(home), tmp_path / "executed"
-    oracle = Oracle(whole, tmp_path)
+def test_damaged_files_give_the_right_result_or_one_sentence(whole, tmp_path):
+    canary, oracle = tmp_path / "executed", Oracle(whole, tmp_path)
     kinds = os.environ.get("FUZZ_KINDS", ",".join(k for k in KINDS for _ in range(KINDS[k].often)))
     kinds, only = kinds.split(","), os.environ.get("FUZZ_ONLY")
     numbers = [int(only)] if only else range(int(os.environ.get("FUZZ", 150)))
     counts, damages, problems = Counter(), Counter(), []
     for number in numbers:
-        place = tmp_path / "case"
-        case = make_case(number, kinds[number % len(kinds)], place, whole, canary)
-        damages[case.damage.kind] += 1
+        case = make_case(number, kinds[number % len(kinds)], tmp_path / "case", whole, canary)
         try:
-            code = run_case(case, whole, oracle, canary)
-            counts[case.kind, f"exit {code}"] += 1
+            outcome = f"exit {run_case(case, whole, oracle, canary)}"
         except KeyboardInterrupt:
             raise
         except (Exception, Hang, SystemExit) as error:
-            counts[case.kind, "wrong"] += 1
+            outcome = "wrong"
             problems.append(failure(case, error))
             print(problems[-1], flush=True)
+        counts[case.kind, outcome] += 1
+        damages[case.damage.kind, outcome] += 1
         if not only:
-            shutil.rmtree(place)
-    table(counts, damages)
+            shutil.rmtree(case.place)
+    print(table(counts), table(damages), sep="\n")
     broken = [str(path) for path, crc in whole.sums.items() if zlib.crc32(path.read_bytes()) != crc]
     assert not broken, f"written to: {broken}"
     assert not problems, f"{len(problems)} of {len(numbers)}\n" + "\n".join(problems)
 
 
-def table(counts: Counter, damages: Counter) -> None:
-    "Prints how often each kind of file ended how, and each kind of damage was done."
+def table(counts: Counter) -> str:
+    "How often each kind ended how."
     outcomes = sorted({outcome for _, outcome in counts})
-    print(f"{'':<12}" + "".join(f"{outcome:>8}" for outcome in outcomes))
-    for kind in dict.fromkeys(kind for kind, _ in sorted(counts)):
-        print(f"{kind:<12}" + "".join(f"{counts[kind, outcome]:>8}" for outcome in outcomes))
-    print(f"{'all':<12}", *(sum(n for (_, o), n in counts.items() if o == x) for x in outcomes))
-    print(", ".join(f"{kind} {count}" for kind, count in sorted(damages.items())))
+    row = lambda name, values: f"{name:<12}" + "".join(f"{value:>8}" for value in values)
+    kinds = sorted({kind for kind, _ in counts})
+    lines = [row(kind, (counts[kind, outcome] for outcome in outcomes)) for kind in kinds]
+    total = (sum(counts[kind, outcome] for kind in kinds) for outcome in outcomes)
+    return "\n".join([row("", outcomes), *lines, row("all", total)])
