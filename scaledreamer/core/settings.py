@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['UsageError', 'RunError', 'shorten', 'unique_keys', 'check_part', 'Interval', 'check_range', 'check_ranges',
-           'check_rising', 'to_json', 'from_json']
+           'check_rising', 'to_json', 'from_json', 'flat_settings']
 
 # %% ../../nbs/10_core/10_settings.ipynb #76b41c09
 import json
@@ -256,3 +256,12 @@ def from_json(cls: type[_T], text: str) -> _T:
     except json.JSONDecodeError as error:
         raise UsageError(f"{cls.__name__}: not JSON ({error}); write it with to_json") from None
     return _settings(value, cls, cls.__name__)
+
+# %% ../../nbs/10_core/10_settings.ipynb #f53050af
+def flat_settings(settings: Any, name: str = "") -> dict[str, Any]:
+    "The values of nested settings, or of nested dicts, by section.name."
+    value = asdict(settings) if is_dataclass(settings) else settings
+    if not isinstance(value, dict):
+        return {name: value}
+    parts = (flat_settings(item, f"{name}.{key}" if name else key) for key, item in value.items())
+    return {key: item for part in parts for key, item in part.items()}

@@ -31,6 +31,7 @@ from .corpora import Prompt
 from .method_defaults import fit_views, resolve_settings
 from .run_texts import RunTexts, sample_texts, stored_texts
 from .run_texts import texts_in_memory
+from .trackers import Trackers
 from .train_settings import ESTIMATOR_METHODS, MakeGenerator, TrainSettings
 from .train_settings import build_generator
 from .train_settings import build_prior, check_generator_name, make_estimator
@@ -68,6 +69,7 @@ class Run:
     monitor: FiniteMonitor = field(default_factory=_monitor, init=False)
     renders: Tensor | None = field(default=None, init=False)  # of the last step, [b, v, 3, h, w]
     world: World = field(default=ALONE, init=False)  # the processes that train it together
+    trackers: Trackers = field(default_factory=Trackers, init=False)  # none outside a training
     step_render_bytes: int | None = field(default=None, init=False)  # estimated when asked for
 
     def __post_init__(self) -> None:

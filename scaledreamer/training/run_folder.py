@@ -19,7 +19,7 @@ from typing import Any
 
 from ..core.files import read_json, shown_path, write_json_atomic, writing
 from ..core.folder_lock import check_unlocked
-from ..core.settings import RunError, UsageError, shorten
+from ..core.settings import RunError, UsageError, flat_settings, shorten
 from ..core.tensors import machine, peak_memory_gb
 from .checkpoints import checkpoint_steps
 from .corpora import Prompt, read_manifest, write_manifest
@@ -28,6 +28,7 @@ from .run_logs import append_row
 from .run_texts import fit_memory
 from .step_renders import RENDERS_FILE
 from .stored_texts import TEXTS_FILE, store_texts
+from .trackers import TRACK_FOLDER
 from .train_settings import TrainSettings, read_settings
 
 # %% ../../nbs/70_training/45_run_folder.ipynb #9945c45e
@@ -89,14 +90,16 @@ def read_run_settings(folder: Path) -> TrainSettings:
 
 # %% ../../nbs/70_training/45_run_folder.ipynb #aea9bda1
 _FREE = {"steps", "log_every", "validate_every", "checkpoint_every", "device", "corpus", "prompt"}
-_FREE |= {f"save.{name}" for name in ("keep_checkpoints", "keep_best", "max_skipped_steps")}
+_FREE |= {
+    f"save.{name}" for name in ("keep_checkpoints", "keep_best", "max_skipped_steps", "track")
+}
 _FREE |= {f"corpus_settings.{name}" for name in ("column", "corpus_folder")}  # prompts decide
 _FREE |= {f"corpus_settings.{name}" for name in ("drop_near_duplicates", "cut_prompts")}
 _FREE |= {f"render.{name}_rays_per_chunk" for name in ("train", "eval")} | {"optim.accumulate"}
 _FREE |= {f"prior_settings.{name}" for name in ("dtype", "channels_last", "compile", "graphs")}
 _FREE |= {f"prior_settings.{name}" for name in ("shared_text", "vae_checkpoint")}
 _BEFORE_CHECKPOINT = {"config.json", "prompts.jsonl", "metrics.jsonl", "import.json"}
-_BEFORE_CHECKPOINT |= {RENDERS_FILE, TEXTS_FILE, "validation", "checkpoints"}
+_BEFORE_CHECKPOINT |= {RENDERS_FILE, TEXTS_FILE, TRACK_FOLDER, "validation", "checkpoints"}
 
 
 LAUNCH_SCRIPT, LAUNCH_LOG = "launch.sh", "launch.log"  # of a run that is started by a script
@@ -123,14 +126,6 @@ def died_early(folder: Path) -> bool:
     return all(re.fullmatch(r"\d+\.png", name) for name in pictures)
 
 
-def _flat(value: Any, name: str = "") -> dict[str, Any]:  # by section.name
-    "The values of nested settings."
-    if not isinstance(value, dict):
-        return {name: value}
-    parts = (_flat(item, f"{name}.{key}" if name else key) for key, item in value.items())
-    return {key: item for part in parts for key, item in part.items()}
-
-
 def _same_place(before: str | None, now: str | None) -> bool:
     "Whether two names or paths of a prior are one, or the old one leads nowhere here."
     if before == now or None in (before, now):
@@ -146,7 +141,7 @@ _ONE_VIEW = {"views_per_prompt": 1, "cameras.rig": False, "cameras.views_per_rin
 
 def _differences(before: TrainSettings, now: TrainSettings, built: bool) -> list[str]:
     "Settings that decide the result and differ. Before a run is built, its defaults are open."
-    old, new, found = _flat(asdict(before)), _flat(asdict(now)), []
+    old, new, found = flat_settings(before), flat_settings(now), []
     for key in old | new:
         a, b = old.get(key), new.get(key)
         same = _same_place(a, b) if key in ("prior", "prior_settings.lora") else a == b

@@ -31,6 +31,7 @@ from .run_logs import repair_log, truncate_log
 from .run_prompts import training_prompts
 from .step_renders import truncate_renders
 from .step_update import generator_optimizer
+from .trackers import check_trackers
 from .train_settings import TrainSettings
 
 # %% ../../nbs/70_training/48_run_start.ipynb #016c5865
@@ -38,8 +39,8 @@ def check_training(
     folder: Path, settings: TrainSettings, resume: bool, world: World = ALONE
 ) -> tuple[TrainSettings, tuple[Prompt, ...]]:
     """Settings and prompts of a training: on a device, and with the defaults that the run in the
-    folder was started with. Raises `UsageError` for what cannot be trained, before the prior is
-    opened."""
+    folder was started with. Raises `UsageError` for what cannot be trained or tracked, before the
+    prior is opened."""
     settings = replace(settings, device=world.device or str(best_device(settings.device)))
     parts, count = world.size * settings.optim.accumulate, settings.prompts_per_step
     if count % parts:
@@ -50,6 +51,7 @@ def check_training(
     prompts = training_prompts(settings)
     if world.main:
         check_run_folder(folder, settings, prompts, resume)
+        check_trackers(settings.save.track)
     if resume and (folder / "config.json").exists():
         settings = resolve_as_before(settings, read_run_settings(folder))
     return settings, prompts

@@ -9,7 +9,7 @@ __all__ = ['validation_picture', 'save_picture', 'save_run', 'train_steps', 'run
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -40,6 +40,7 @@ from .run_start import check_training, enter_run
 from .step import training_step
 from .step_renders import RENDERS_FILE, record_renders
 from .stored_texts import StoredTextPrior, read_stored_texts
+from .trackers import Trackers, picture_path
 from .train_settings import GENERATORS, MakeGenerator, TrainSettings
 from .train_settings import ESTIMATOR_METHODS, build_prior
 from .validation import text_gain
@@ -57,7 +58,9 @@ def validation_picture(run: Run, path: Path, rows: int = 8, size: int = 64) -> N
 
 def save_picture(run: Run) -> None:
     "The validation picture of the run's present step."
-    validation_picture(run, run.folder / "validation" / f"{run.step:06d}.png")
+    path = picture_path(run.folder, run.step)
+    validation_picture(run, path)
+    run.trackers.picture(path, run.step)
 
 
 def _check_there(run: Run) -> None:
@@ -103,6 +106,7 @@ def _log(run: Run, metrics: LazyMetrics) -> dict[str, str]:
             row = {"step": run.step} | dict(metrics)  # which also counts the skipped steps
             row |= {"skipped": run.monitor.skipped} if run.monitor.skipped else {}
             append_row(run.folder / "metrics.jsonl", row)
+            run.trackers.metrics(row)
             record_renders(run.folder, run.step, run.settings.steps, renders)
             names = {"norm": "gradient_norm", "opacity": "opacity"}
             shown = {name: f"{metrics[key]:.2f}" for name, key in names.items()}
@@ -144,6 +148,7 @@ def run_training(
     make_generator: MakeGenerator | None = None,
     on_start: Callable[[Run], None] | None = None,
     world: World = ALONE,
+    trackers: Trackers | None = None,
 ) -> Run:
     """Train to `settings.steps`, or until `stop()` returns True; returns the run.
 
@@ -151,6 +156,7 @@ def run_training(
     `on_start` receives the run before its first step, `on_step` every step and its metrics, whose
     values wait for the device. An interrupt saves a checkpoint before it is raised. The folder is
     locked meanwhile. All processes of a `world` call this; the main one writes and calls both.
+    Trackers that are given get what the settings say, and are closed by the caller.
     Raises `UsageError` before the folder is made if a step does not fit the memory."""
     folder, started = Path(folder), time.monotonic()
     with world.together(), _BUILDING:
@@ -160,6 +166,8 @@ def run_training(
         check_memory(run)
     with ExitStack() as stack:
         enter_run(run, resume, stack)
+        run.trackers = trackers or stack.enter_context(closing(Trackers()))
+        run.trackers.start(run.settings, folder, run.step, world)
         first, cut = run.step, False
         if on_start and world.main and run.step < settings.steps:
             on_start(run)
