@@ -1,4 +1,5 @@
-"""Before anything is imported: annotations are checked at run time, and nothing is downloaded."""
+"""Before anything is imported: annotations are checked at run time, and nothing is downloaded or
+sent."""
 
 import ast
 import os
@@ -9,6 +10,7 @@ from pathlib import Path
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # a processor for each worker
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ["WANDB_MODE"] = "offline"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("MPLBACKEND", "Agg")
 

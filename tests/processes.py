@@ -107,9 +107,10 @@ def stopped(folder, world):
         asked.append(1)
         return not world.main and len(asked) == 2
 
-    run = run_training(folder / "stopped", PLAIN, show=False, stop=stop, world=world)
+    tracked = replace(PLAIN, save=replace(PLAIN.save, track=("tensorboard",)))
+    run = run_training(folder / "stopped", tracked, show=False, stop=stop, world=world)
     done = run.step
-    again = run_training(folder / "stopped", PLAIN, resume=True, show=False, world=world)
+    again = run_training(folder / "stopped", tracked, resume=True, show=False, world=world)
     return [done, again.step]
 
 

@@ -36,7 +36,7 @@ def snapshot():
         "folder": os.getcwd(),
         "switch": sys.getswitchinterval(),
         "recursion": sys.getrecursionlimit(),
-        "hooks": (sys.excepthook, threading.excepthook, sys.displayhook),
+        "hooks": (sys.excepthook, threading.excepthook, sys.displayhook, sys.exit),
         "streams": (sys.stdout, sys.stderr),
     }
 
@@ -54,6 +54,7 @@ LIBRARIES = """
 import diffusers, transformers, peft, open_clip, skimage.measure, scipy.stats, trimesh, numba, PIL
 import imageio, tyro, ipywidgets, anywidget, matplotlib.pyplot, scipy.special, scipy.spatial
 import plotly.graph_objects, plotly.subplots, plotly.tools
+import tensorboard, wandb, torch.utils.tensorboard, accelerate.tracking
 from diffusers import AutoencoderKL, AutoencoderTiny, DDIMScheduler, UNet2DConditionModel
 from transformers import CLIPTextModel, CLIPTokenizer
 from torch.utils.flop_counter import FlopCounterMode
@@ -107,6 +108,10 @@ from scaledreamer.training.trainer import run_training
 own = {"method": "vsd", "prior": "tiny-sd", "generator": "ingp"}
 run_training(home / "vsd", replace(settings, **own), show=False)
 check("vsd")
+from scaledreamer.training.save_settings import SaveSettings
+tracked = replace(settings, save=SaveSettings(track=("tensorboard", "wandb")))
+assert (run_training(home / "tracked", tracked, show=False).folder / "track/wandb").is_dir()
+check("trackers")
 evaluate_run(run, ClipScorer.load(), views=2)
 check("an evaluation")
 PointMaker(torch.zeros(2, 3))

@@ -106,8 +106,9 @@ def test_all_skip_a_step_that_is_infinite_in_one(found):
     assert found[0]["skipped"][:2] == [3, 2]
 
 
-def test_all_stop_after_the_same_step_and_go_on(found):
+def test_all_stop_after_the_same_step_and_go_on(found, two):
     assert found[0]["stopped"] == found[1]["stopped"] == [2, 3]
+    assert len(list((two / "stopped/track/tensorboard").iterdir())) == 2  # one of each session
 
 
 def test_a_signal_at_one_process_interrupts_all_after_a_checkpoint(found):

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from jaxtyping import Float, Int, UInt8
 from PIL import Image
 
@@ -69,15 +70,15 @@ def _check_login() -> None:
     import wandb
 
     with process_as_it_was():
-        if wandb.setup().settings.mode not in ("online", "shared"):
-            return
-        try:
-            wandb.login()
-        except wandb.errors.Error as error:
-            raise UsageError(
-                f"wandb has no login ({shorten(str(error), str)}): give a key by `wandb login`, or "
-                "keep what it gets on this machine with WANDB_MODE=offline"
-            ) from None
+        sends = wandb.setup().settings.mode in ("online", "shared")
+    try:
+        if sends and wandb.run is None:  # a run of the process has logged in
+            wandb.login(verify=False)
+    except wandb.errors.Error as error:
+        raise UsageError(
+            f"wandb has no login ({shorten(str(error), str)}): log in, or set "
+            "WANDB_MODE=offline, which keeps everything on this machine"
+        ) from None
 
 
 def check_trackers(names: tuple[str, ...]) -> None:
@@ -87,7 +88,8 @@ def check_trackers(names: tuple[str, ...]) -> None:
         if name not in known:
             raise UsageError(f"no tracker {shorten(name)}: give one of {', '.join(sorted(known))}")
         own = known[name].__module__ != "accelerate.tracking"  # registered, with any package
-        if not own and find_spec(name) is None:
+        spec = None if own else find_spec(name)
+        if not own and (spec is None or spec.origin is None):  # a folder wandb is no package
             package = '"scaledreamer[tracking]"' if name in ("tensorboard", "wandb") else name
             raise UsageError(
                 f"tracker {name} needs the package {name}, which is not installed: "
@@ -178,12 +180,16 @@ class TensorBoardLog(ScalarTracker):
     "Event files in `track/tensorboard`."
 
     def start(self, config: dict[str, Any]) -> None:
-        resumed = any((self.folder / "tensorboard").glob("events.*"))
-        self.open("tensorboard", purge_step=self.step if resumed else None)
+        begins = not any((self.folder / "tensorboard").glob("events.*"))
+        goes_on = not begins and self.step < config["steps"]
+        self.open("tensorboard", purge_step=self.step if goes_on else None)
         self.place = f"tensorboard --logdir {self.folder}"
-        if resumed:
+        if goes_on:
             self._repeat()
-            return
+        if begins:
+            self._send_settings(config)
+
+    def _send_settings(self, config: dict[str, Any]) -> None:
         from torch.utils.tensorboard.summary import hparams
 
         for summary in hparams(config, dict.fromkeys(HPARAM_METRICS, 0.0)):
@@ -227,7 +233,8 @@ class WandBRun(ScalarTracker):
         run = self.tracker.tracker
         run.define_metric("*", step_metric="step")
         run.config.update(config, allow_val_change=True)
-        self.place = run.url or f"wandb sync {Path(run.dir).parent}"
+        local = f"wandb sync {Path(run.dir).parent}"
+        self.place = local if run.offline else run.url or "disabled"
 
     def _is_new(self, kind: str, step: int) -> bool:
         "Whether no earlier process has sent this; now it is sent."
