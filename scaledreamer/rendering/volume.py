@@ -8,7 +8,7 @@ __all__ = ['Rendering', 'render_rays', 'render_rays_chunked', 'gradient_samples'
 
 # %% ../../nbs/55_rendering/70_volume.ipynb #1a32ff94
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Bool, Float, Int64
@@ -165,6 +165,7 @@ def render_view(
 ) -> dict[str, Float[Tensor, "b 1 _ h w"]]:
     "Images of one view of each prompt, by name, `settings.eval_rays_per_chunk` rays at a time."
     prompts, _, height, width = rays.shape
+    settings = replace(settings, eikonal_samples=0)  # for losses only
     each, chunks = max(1, settings.eval_rays_per_chunk // prompts), []
     for start in range(0, height * width, each):
         part = slice(start, start + each)
