@@ -22,15 +22,15 @@ def distance_and_color(
     obj: ToyObject, points: Float[Tensor, "n 3"]
 ) -> tuple[Float[Tensor, " n"], Float[Tensor, "n 3"]]:
     "Signed distance, and the colour shaded by the normal of the nearest part."
-    distances, normal = obj.distances(points), torch.zeros_like(points)
-    nearest = distances.argmin(0)
+    distance, nearest = obj.distances(points).min(0)
+    normal = torch.zeros_like(points)
     parts = [replace(shape, parts=(part,)) for shape in obj.shapes for part in shape.parts]
     for k, part in enumerate(parts):
         index = (nearest == k).nonzero()[:, 0]
         if len(index):
             normal[index] = normals(ToyObject((part,)), points[index])
     palette = points.new_tensor([color for part in parts for color in part.palette()])
-    return distances.amin(0), shade(palette[nearest], normal)
+    return distance, shade(palette[nearest], normal)
 
 # %% ../../nbs/75_eval/23_outlined_truth.ipynb #c838f724
 CORE = 3.0  # factor of distances inside, so that thin parts are opaque

@@ -34,14 +34,19 @@ def trace(
     far = closest + half_chord.clamp_min(0).sqrt()
     t = (closest - half_chord.clamp_min(0).sqrt()).clamp_min(0)
     hit = torch.zeros_like(t, dtype=torch.bool)
-    active = (half_chord > 0).nonzero().squeeze(1)
+    inside = (half_chord > 0).nonzero().squeeze(1)
+    rays = [x.index_select(-1, inside) for x in (origins.T, directions.T, t, far)]
     for _ in range(steps):
-        d = obj.sdf(origins[active] + t[active, None] * directions[active])
-        t[active] += d * 0.95
-        hit[active] = d < tolerance
-        active = active[(d >= tolerance) & (t[active] < far[active])]
-        if active.numel() == 0:
+        o, d, at, end = rays
+        distance = obj.sdf((o + at * d).T)
+        at = at + distance * 0.95
+        going = (distance >= tolerance) & (at < end)
+        ended, going = (~going).nonzero().squeeze(1), going.nonzero().squeeze(1)
+        t[inside[ended]], hit[inside[ended]] = at[ended], distance[ended] < tolerance
+        inside, *rays = (x.index_select(-1, going) for x in (inside, o, d, at, end))
+        if inside.numel() == 0:
             break
+    t[inside] = rays[2]
     return hit, t
 
 # %% ../../nbs/25_toybox/40_renders.ipynb #dead1b95
