@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['spatial', 'PointField', 'truth_of', 'ToyScene', 'solid_field', 'field_layers', 'layer_blocks', 'field_grid',
-           'occupancy', 'iou', 'volume_iou', 'interpolation', 'Aligned', 'volume_iou_aligned', 'surface_points',
-           'chamfer', 'silhouette_iou']
+           'occupancy', 'iou', 'volume_iou', 'interpolation', 'Aligned', 'reach', 'volume_iou_aligned',
+           'surface_points', 'chamfer', 'silhouette_iou']
 
 # %% ../../nbs/75_eval/20_truth.ipynb #61310483
 import math
@@ -150,6 +150,14 @@ class Aligned(NamedTuple):
     rise: float  # above 0: the prediction is too high, world units
 
 
+def reach(some: Bool[Tensor, " r"]) -> slice:
+    "From the entry before the first that is true to the one after the last; all, if none is."
+    which = some.nonzero()
+    if not len(which):
+        return slice(0, len(some))
+    return slice(max(int(which[0]) - 1, 0), int(which[-1]) + 2)
+
+
 def volume_iou_aligned(
     pred: Bool[Tensor, "r r r"],
     truth: Float[Tensor, "r r r"],  # distance, as `field_grid` gives it
@@ -160,6 +168,8 @@ def volume_iou_aligned(
 ) -> Aligned:
     "Coarse-to-fine search over scale and rise. Never below the raw IoU."
     r, solid = len(truth), pred.sum()
+    cuts = [reach((truth < 0).movedim(k, 0).flatten(1).any(1)) for k in range(3)]
+    near = truth[tuple(cuts)]
     axis = ((torch.arange(r) + 0.5) / r * 2 - 1) * half
     widths, best = [math.log(span[0]), span[1]], Aligned(-1.0, 1.0, 0.0)
     steps = [2 * k / (tries - 1) - 1 for k in range(tries)]
@@ -168,10 +178,14 @@ def volume_iou_aligned(
         rises = [best.rise + widths[1] * k for k in steps]
         for s in scales:
             flat = interpolation(axis / s, r, half)
-            slab = flat @ (flat @ truth.flatten(1)).unflatten(1, (r, r))
+            x, y = (reach(flat[:, cut].any(1)) for cut in cuts[:2])
+            slab = (flat[x, cuts[0]] @ near.flatten(1)).unflatten(1, near.shape[1:])
+            slab = flat[y, cuts[1]] @ slab
             for d in rises:
-                moved = slab @ interpolation((axis - d) / s, r, half).T < 0
-                both = (moved & pred).sum()
+                up = interpolation((axis - d) / s, r, half)[:, cuts[2]]
+                z = reach(up.any(1))
+                moved = slab @ up[z].T < 0
+                both = (moved & pred[x, y, z]).sum()
                 value = float(both / (moved.sum() + solid - both).clamp(min=1))
                 best = max(best, Aligned(value, s, d), key=lambda fit: fit.iou)
         widths = [2 * w / (tries - 1) for w in widths]
