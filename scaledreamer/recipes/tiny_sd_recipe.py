@@ -142,7 +142,7 @@ A latent diffusion model of 64x64 renders of Toybox, made by `scaledreamer make-
 - **Objective**: {objective}
 - **Training data**: {renders:,} renders of random Toybox captions, drawn by the package; no
   photographs. 23 of the 256 pairs "S1 on S2" of shapes are left out.
-- **Training**: {seen:,} images in {steps:,} steps of {batch}, {hours:.1f} hours on {machine};
+- **Training**: {seen:,} images in {steps:,} steps of {batch}{start}, {hours:.1f} hours on {machine};
   torch {torch}, diffusers {diffusers}, seed {seed}.
 - **Licence**: Apache 2.0, as the package.
 - **Limits**: it reads Toybox's words, the view words and the view tokens, nothing else; images
@@ -166,6 +166,7 @@ def model_card(tiny: TinyTraining, name: str) -> str:
         seen=tiny.done * settings.batch,
         steps=tiny.done,
         batch=settings.batch,
+        start=f" from the weights of {settings.start.name}" if settings.start else "",
         hours=tiny.seconds / 3600,
         machine=f"{here['cores']} cores of {here['processor']}, device {settings.device}",
         torch=version("torch"),
