@@ -142,8 +142,8 @@ A latent diffusion model of 64x64 renders of Toybox, made by `scaledreamer make-
 - **Objective**: {objective}
 - **Training data**: {renders:,} renders of random Toybox captions, drawn by the package; no
   photographs. 23 of the 256 pairs "S1 on S2" of shapes are left out.
-- **Training**: {seen:,} images in {steps:,} steps of {batch}{start}, {hours:.1f} hours on {machine};
-  torch {torch}, diffusers {diffusers}, seed {seed}.
+- **Training**: {seen:,} images in {steps:,} steps of {batch}{start}, {hours:.1f} hours on
+  {machine}; torch {torch}, diffusers {diffusers}, seed {seed}.
 - **Licence**: Apache 2.0, as the package.
 - **Limits**: it reads Toybox's words, the view words and the view tokens, nothing else; images
   are 64x64 and details of less than two pixels are lost.
