@@ -32,6 +32,13 @@ def sync_logs(*paths: Path) -> None:
                 sync_to_disk(path)
 
 
+_COUNTS = {"step", "steps", "first", "last", "height"}  # the other numbers may have fractions
+
+
+def _has_number(row: dict, key: str) -> bool:
+    return type(row.get(key)) in ((int,) if key in _COUNTS else (int, float))
+
+
 def _read_log(path: Path, numbers: Iterable[str]) -> tuple[list[dict], str]:
     "The intact rows of a log, and what is wrong with it, or ''."
     if not os.path.lexists(path):
@@ -45,7 +52,7 @@ def _read_log(path: Path, numbers: Iterable[str]) -> tuple[list[dict], str]:
         faults.pop()  # the process was killed while it wrote this line
     rows = []
     for number, value in values:
-        if isinstance(value, dict) and all(type(value.get(k)) in (int, float) for k in numbers):
+        if isinstance(value, dict) and all(_has_number(value, key) for key in numbers):
             rows.append(value)
         else:
             faults.append((number, f"expected an object with the numbers {', '.join(numbers)}"))
