@@ -34,7 +34,9 @@ from scaledreamer.training import trackers as module
 from scaledreamer.training.run_folder import check_run_folder, write_run_settings
 from scaledreamer.training.run_logs import read_rows
 from scaledreamer.training.save_settings import SaveSettings
-from scaledreamer.training.trackers import Trackers, check_trackers, read_glb
+from scaledreamer.training.tracker_classes import check_trackers
+from scaledreamer.training.tracker_kinds import read_glb
+from scaledreamer.training.trackers import Trackers
 from scaledreamer.training.trainer import run_training
 from scaledreamer.view.mesh import save_mesh
 

@@ -28,7 +28,7 @@ from .run_logs import append_row
 from .run_texts import fit_memory
 from .step_renders import RENDERS_FILE
 from .stored_texts import TEXTS_FILE, store_texts
-from .trackers import TRACK_FOLDER
+from .tracker_kinds import TRACK_FOLDER
 from .train_settings import TrainSettings, read_settings
 
 # %% ../../nbs/70_training/45_run_folder.ipynb #9945c45e

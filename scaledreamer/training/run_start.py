@@ -8,7 +8,7 @@ __all__ = ['check_training', 'resume_run', 'enter_run']
 # %% ../../nbs/70_training/48_run_start.ipynb #1b0e6414
 import os
 import warnings
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -31,7 +31,8 @@ from .run_logs import repair_log, truncate_log
 from .run_prompts import training_prompts
 from .step_renders import truncate_renders
 from .step_update import generator_optimizer
-from .trackers import check_trackers
+from .tracker_classes import check_trackers
+from .trackers import Trackers
 from .train_settings import TrainSettings
 
 # %% ../../nbs/70_training/48_run_start.ipynb #016c5865
@@ -83,8 +84,10 @@ def resume_run(run: Run) -> None:
     repair_log(run.folder / "sessions.jsonl", "first", "last", "seconds")
 
 # %% ../../nbs/70_training/48_run_start.ipynb #41117c27
-def enter_run(run: Run, resume: bool, stack: ExitStack) -> None:
-    "Lock and prepare the run's folder in the main process, and load its newest state in all."
+def enter_run(run: Run, resume: bool, stack: ExitStack, trackers: Trackers | None = None) -> None:
+    """Lock and prepare the run's folder in the main process, and load its newest state in all.
+
+    Trackers start as well; those that nobody gives are closed with the stack."""
     world, checkpoints = run.world, run.folder / "checkpoints"
     run.optimizer = generator_optimizer(run.settings, run.generator)
     with world.together():
@@ -105,3 +108,5 @@ def enter_run(run: Run, resume: bool, stack: ExitStack) -> None:
     most = run.settings.save.max_skipped_steps
     restore_monitor(run.monitor, run.folder, run.step, most)
     stack.enter_context(recorded_divergence(run))
+    run.trackers = trackers or stack.enter_context(closing(Trackers()))
+    run.trackers.start(run.settings, run.folder, run.step, world)

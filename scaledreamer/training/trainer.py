@@ -9,7 +9,7 @@ __all__ = ['validation_picture', 'save_picture', 'save_run', 'train_steps', 'run
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, closing
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
@@ -40,7 +40,8 @@ from .run_start import check_training, enter_run
 from .step import training_step
 from .step_renders import RENDERS_FILE, record_renders
 from .stored_texts import StoredTextPrior, read_stored_texts
-from .trackers import Trackers, picture_path
+from .tracker_kinds import picture_path
+from .trackers import Trackers
 from .train_settings import GENERATORS, MakeGenerator, TrainSettings
 from .train_settings import ESTIMATOR_METHODS, build_prior
 from .validation import text_gain
@@ -135,6 +136,14 @@ def train_steps(
             yield run.step
 
 
+def _save_end(run: Run, first: int, started: float) -> None:
+    "The checkpoint and the session of a training that ends, whose first step was `first`."
+    with run.world.together():
+        if run.world.main:
+            save_run(run)
+            log_session(run, first, started)
+
+
 _BUILDING = threading.Lock()  # one thread at a time imports libraries and opens a prior
 
 # %% ../../nbs/70_training/50_trainer.ipynb #a456d460
@@ -165,9 +174,7 @@ def run_training(
         run.world = world
         check_memory(run)
     with ExitStack() as stack:
-        enter_run(run, resume, stack)
-        run.trackers = trackers or stack.enter_context(closing(Trackers()))
-        run.trackers.start(run.settings, folder, run.step, world)
+        enter_run(run, resume, stack, trackers)
         first, cut = run.step, False
         if on_start and world.main and run.step < settings.steps:
             on_start(run)
@@ -176,10 +183,7 @@ def run_training(
                 stopped, cut = world.any(stop(), interrupted())
                 if stopped or cut:
                     break
-            with world.together():
-                if world.main:
-                    save_run(run)
-                    log_session(run, first, started)
+            _save_end(run, first, started)
             if cut and not interrupted():
                 raise KeyboardInterrupt  # of another process
     return run
