@@ -12,7 +12,6 @@ import os
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 from huggingface_hub import try_to_load_from_cache
@@ -20,11 +19,10 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
 from ..core.assets import asset
-from ..core.files import check_regular_file, read_json, shown_path
 from ..core.lazy_modules import LazyModule
-from ..core.settings import RunError, UsageError, shorten
-from ..core.tensor_files import open_tensors
+from ..core.settings import RunError, UsageError
 from ..core.tensors import seeded
+from .clip_files import CLIP_WEIGHTS, check_clip_files
 
 open_clip = LazyModule("open_clip")  # takes seconds to import
 
@@ -110,16 +108,13 @@ SHIPPED_CLIP = "tiny-clip"  # trained on Toybox by scaledreamer.recipes.tiny_cli
 GENERAL_CLIP = "ViT-L-14:openai"  # of the paper's release, for prompts of any kind
 
 
-_WEIGHTS = (".safetensors", ".bin", ".pth")
-
-
 def _folder_complaint(folder: Path) -> str | None:
     "What a folder lacks to be an open_clip model; None where it is complete."
     if not folder.is_dir():
         return "there is no such folder"
     if not os.path.lexists(folder / "open_clip_config.json"):
         return "it has no open_clip_config.json"
-    if not {*_WEIGHTS} & {path.suffix for path in folder.iterdir()}:
+    if not {*CLIP_WEIGHTS} & {path.suffix for path in folder.iterdir()}:
         return "it has no weights (open_clip_model.safetensors)"
     return None
 
@@ -145,44 +140,6 @@ def is_downloaded(name: str) -> bool:
     names = "open_clip_model.safetensors", "open_clip_pytorch_model.bin"
     return bool(hub) and any(isinstance(try_to_load_from_cache(hub, x), str) for x in names)
 
-# %% ../../nbs/75_eval/10_clip.ipynb #c11f0a01
-_AGAIN = "correct it, or copy or download the model again"
-_MOST = {"layers": 256, "vocab_size": 1 << 19}  # of others at most 2^14
-
-
-def _wrong_entry(config: dict[str, Any]) -> str | None:
-    "The first entry of an `open_clip_config.json` that no model has, in words; None if all fit."
-    model, images = config.get("model_cfg"), config.get("preprocess_cfg", {})
-    if not isinstance(model, dict) or not isinstance(images, dict):
-        return "model_cfg or preprocess_cfg is no object"
-    for key in ("mean", "std"):
-        values = images.get(key, [1, 1, 1])
-        numbers = isinstance(values, list) and all(type(x) in (int, float) for x in values)
-        if not numbers or len(values) != 3 or key == "std" and not min(values) > 0:
-            return f"{key} is {shorten(values, json.dumps)}, not three numbers"
-    pending = [*model.items()]
-    while pending:
-        key, value = pending.pop()
-        if isinstance(value, (dict, list)):
-            inner = value.items() if isinstance(value, dict) else [(key, item) for item in value]
-            pending += inner
-        elif type(value) in (int, float) and abs(value) > _MOST.get(key, 1 << 14):
-            return f"{key} is {shorten(value)}, more than {_MOST.get(key, 1 << 14)}"
-    return None
-
-
-def _check_files(folder: Path) -> None:
-    "Raises `RunError` for damaged files of an open_clip folder."
-    path = folder / "open_clip_config.json"
-    if wrong := _wrong_entry(read_json(path, dict, remedy=_AGAIN)):
-        raise RunError(f"{shown_path(path)}: {wrong}: {_AGAIN}")
-    for path in sorted(folder.iterdir()):
-        if path.suffix in _WEIGHTS:
-            check_regular_file(path, remedy=_AGAIN)
-        if path.suffix == ".safetensors":
-            with open_tensors(path, remedy="copy or download it again"):
-                pass
-
 # %% ../../nbs/75_eval/10_clip.ipynb #b5992121
 def load_clip(source: str | Path | None = None, device: str | torch.device = "cpu") -> ClipScorer:
     """The shipped model, an open_clip folder or a model that open_clip knows by name.
@@ -196,7 +153,7 @@ def load_clip(source: str | Path | None = None, device: str | torch.device = "cp
         remedy = "install the package again" if shipped else remedy
         raise RunError(f"CLIP model {folder}: {complaint}; {remedy}")
     if not named:
-        _check_files(folder)
+        check_clip_files(folder)
     arguments = _arguments(str(source)) if named else {"model_name": f"local-dir:{folder}"}
     try:
         with seeded(0):  # it draws weights before it loads them

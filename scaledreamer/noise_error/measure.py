@@ -155,7 +155,7 @@ def read_partial(path: Path) -> tuple[dict[str, Any], list[tuple[str, list[float
         raise RunError(f"{shown_path(path)} is no partial measurement ({wrong[0]}): {remedy}")
     return head, [(text, errors) for text, errors in rows]
 
-
+# %% ../../nbs/40_noise_error/20_measure.ipynb #c59e42db
 def _begin(path: Path, head: dict[str, Any]) -> list[tuple[str, list[float]]]:
     "Finished rows of the file, which is created, or rewritten without an incomplete line."
     empty = not os.path.lexists(path) or path.is_file() and not path.stat().st_size

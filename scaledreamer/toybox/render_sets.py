@@ -78,7 +78,7 @@ def _map_images(folder: Path, mode: str = "r") -> UInt8[np.ndarray, "n 64 64 4"]
         raise RunError(f"{shown_path(path)} is no whole file of renders: {_REMEDY}")
     return np.memmap(path, np.uint8, mode, header.end(), shape)
 
-
+# %% ../../nbs/25_toybox/50_render_sets.ipynb #994fc4d5
 def _is_note(note: object) -> bool:
     "Whether a JSON value is a caption with an azimuth and an elevation."
     return (
