@@ -157,7 +157,7 @@ def reach(some: Bool[Tensor, " r"]) -> slice:
         return slice(0, len(some))
     return slice(max(int(which[0]) - 1, 0), int(which[-1]) + 2)
 
-
+# %% ../../nbs/75_eval/20_truth.ipynb #0e9c26c0
 def volume_iou_aligned(
     pred: Bool[Tensor, "r r r"],
     truth: Float[Tensor, "r r r"],  # distance, as `field_grid` gives it

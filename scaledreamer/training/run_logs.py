@@ -31,7 +31,7 @@ def sync_logs(*paths: Path) -> None:
             if path.is_file():
                 sync_to_disk(path)
 
-
+# %% ../../nbs/70_training/43_run_logs.ipynb #d75a5815
 _COUNTS = {"step", "steps", "first", "last", "height"}  # the other numbers may have fractions
 
 
