@@ -7,8 +7,7 @@ __all__ = ['open_clip', 'SHIPPED_CLIP', 'GENERAL_CLIP', 'preprocess_images', 'cu
            'is_downloaded', 'load_clip', 'cosines', 'similarity', 'recall', 'recall_by_object']
 
 # %% ../../nbs/75_eval/10_clip.ipynb #d3a08494
-import json
-import os
+import logging
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -22,7 +21,8 @@ from ..core.assets import asset
 from ..core.lazy_modules import LazyModule
 from ..core.settings import RunError, UsageError
 from ..core.tensors import seeded
-from .clip_files import CLIP_WEIGHTS, check_clip_files
+from .clip_files import check_clip_files, clip_folder_complaint
+from .clip_files import clip_weights_bytes
 
 open_clip = LazyModule("open_clip")  # takes seconds to import
 
@@ -108,17 +108,6 @@ SHIPPED_CLIP = "tiny-clip"  # trained on Toybox by scaledreamer.recipes.tiny_cli
 GENERAL_CLIP = "ViT-L-14:openai"  # of the paper's release, for prompts of any kind
 
 
-def _folder_complaint(folder: Path) -> str | None:
-    "What a folder lacks to be an open_clip model; None where it is complete."
-    if not folder.is_dir():
-        return "there is no such folder"
-    if not os.path.lexists(folder / "open_clip_config.json"):
-        return "it has no open_clip_config.json"
-    if not {*CLIP_WEIGHTS} & {path.suffix for path in folder.iterdir()}:
-        return "it has no weights (open_clip_model.safetensors)"
-    return None
-
-
 def _arguments(name: str) -> dict[str, str | bool | None]:
     "Arguments of `open_clip.create_model` for `architecture:weights` or `hf-hub:owner/model`."
     if name.startswith("hf-hub:"):
@@ -141,6 +130,21 @@ def is_downloaded(name: str) -> bool:
     return bool(hub) and any(isinstance(try_to_load_from_cache(hub, x), str) for x in names)
 
 # %% ../../nbs/75_eval/10_clip.ipynb #b5992121
+def _check_numbers(folder: Path) -> None:
+    "Raises `ValueError` for a configuration of more numbers than the weights beside it can hold."
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)  # it would warn that nothing is loaded
+    try:
+        with torch.device("meta"):  # shapes only
+            options = {"load_weights": False, "device": "meta"}
+            model = open_clip.create_model(f"local-dir:{folder}", **options)
+    finally:
+        logging.disable(before)
+    count = sum(value.numel() for value in model.state_dict().values())
+    if count > (size := clip_weights_bytes(folder)):
+        raise ValueError(f"{count:,} numbers in its configuration, {size:,} bytes of weights")
+
+
 def load_clip(source: str | Path | None = None, device: str | torch.device = "cpu") -> ClipScorer:
     """The shipped model, an open_clip folder or a model that open_clip knows by name.
 
@@ -148,7 +152,7 @@ def load_clip(source: str | Path | None = None, device: str | torch.device = "cp
     shipped = source is None
     folder = Path(asset(SHIPPED_CLIP) if shipped else source)
     named = isinstance(source, str) and ":" in source and not folder.exists()
-    if not named and (complaint := _folder_complaint(folder)):
+    if not named and (complaint := clip_folder_complaint(folder)):
         remedy = "give an open_clip folder or a name such as ViT-B-32:openai"
         remedy = "install the package again" if shipped else remedy
         raise RunError(f"CLIP model {folder}: {complaint}; {remedy}")
@@ -156,6 +160,8 @@ def load_clip(source: str | Path | None = None, device: str | torch.device = "cp
         check_clip_files(folder)
     arguments = _arguments(str(source)) if named else {"model_name": f"local-dir:{folder}"}
     try:
+        if not named:
+            _check_numbers(folder)
         with seeded(0):  # it draws weights before it loads them
             model = open_clip.create_model(**arguments, require_pretrained=True)
         tokenizer = open_clip.get_tokenizer(arguments["model_name"])

@@ -134,7 +134,7 @@ def stream_errors(
                 if i >= first:
                     yield i, text, row
 
-# %% ../../nbs/40_noise_error/20_measure.ipynb #3fedd1ad
+# %% ../../nbs/40_noise_error/20_measure.ipynb #3ea5e101
 def _is_row(row: Any) -> bool:
     "Whether a value is [text, errors]."
     text, errors = row if isinstance(row, list) and len(row) == 2 else (0, 0)
@@ -155,7 +155,7 @@ def read_partial(path: Path) -> tuple[dict[str, Any], list[tuple[str, list[float
         raise RunError(f"{shown_path(path)} is no partial measurement ({wrong[0]}): {remedy}")
     return head, [(text, errors) for text, errors in rows]
 
-# %% ../../nbs/40_noise_error/20_measure.ipynb #c59e42db
+# %% ../../nbs/40_noise_error/20_measure.ipynb #3ea5e103
 def _begin(path: Path, head: dict[str, Any]) -> list[tuple[str, list[float]]]:
     "Finished rows of the file, which is created, or rewritten without an incomplete line."
     empty = not os.path.lexists(path) or path.is_file() and not path.stat().st_size

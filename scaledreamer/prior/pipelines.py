@@ -148,5 +148,6 @@ def random_pipeline(
 
 # %% ../../nbs/30_prior/60_pipelines.ipynb #2be312d9
 def first_line(error: Exception) -> str:
-    "The first sentence of a message, without its full stop."
-    return re.split(r"\.\s|\n", str(error).strip() or type(error).__name__)[0].rstrip(". ")
+    "The first sentence of a message, without its full stop; a class is its name."
+    text = re.sub(r"<class '(?:\w+\.)*(\w+)'>", r"\1", str(error).strip() or type(error).__name__)
+    return re.split(r"\.\s|\n", text)[0].rstrip(". ")

@@ -67,6 +67,14 @@ _HEADER = re.compile(
 )
 
 
+def _start(folder: Path, count: int) -> None:
+    "Write the two files of a set of which nothing is done."
+    write_json_atomic(folder / _NOTES, [])
+    with replacing(folder / _IMAGES) as temporary:
+        shape = (count, RENDER_SIZE, RENDER_SIZE, 4)
+        np.lib.format.open_memmap(temporary, mode="w+", dtype=np.uint8, shape=shape).flush()
+
+
 def _map_images(folder: Path, mode: str = "r") -> UInt8[np.ndarray, "n 64 64 4"]:
     "The images of a set, mapped from their file. Raises `RunError` for another file."
     path = folder / _IMAGES
@@ -78,7 +86,7 @@ def _map_images(folder: Path, mode: str = "r") -> UInt8[np.ndarray, "n 64 64 4"]
         raise RunError(f"{shown_path(path)} is no whole file of renders: {_REMEDY}")
     return np.memmap(path, np.uint8, mode, header.end(), shape)
 
-# %% ../../nbs/25_toybox/50_render_sets.ipynb #994fc4d5
+# %% ../../nbs/25_toybox/50_render_sets.ipynb #5f3a0c13
 def _is_note(note: object) -> bool:
     "Whether a JSON value is a caption with an azimuth and an elevation."
     return (
@@ -99,14 +107,6 @@ def _read_notes(folder: Path) -> list[list]:
             f"{shown_path(path)} has no caption with two angles in entry {wrong}: {_REMEDY}"
         )
     return notes
-
-
-def _start(folder: Path, count: int) -> None:
-    "Write the two files of a set of which nothing is done."
-    write_json_atomic(folder / _NOTES, [])
-    with replacing(folder / _IMAGES) as temporary:
-        shape = (count, RENDER_SIZE, RENDER_SIZE, 4)
-        np.lib.format.open_memmap(temporary, mode="w+", dtype=np.uint8, shape=shape).flush()
 
 # %% ../../nbs/25_toybox/50_render_sets.ipynb #6e7f7807
 PART = 50  # objects per task

@@ -17,7 +17,7 @@ from ..core.files import write_atomic, writing
 from ..core.folder_lock import set_aside
 from ..core.settings import RunError
 
-# %% ../../nbs/70_training/43_run_logs.ipynb #a98800fb
+# %% ../../nbs/70_training/43_run_logs.ipynb #10c5aa01
 def append_row(path: Path, row: dict) -> None:
     "Append one JSON line to a log."
     with writing(path), path.open("a", encoding="utf-8") as log:
@@ -31,7 +31,7 @@ def sync_logs(*paths: Path) -> None:
             if path.is_file():
                 sync_to_disk(path)
 
-# %% ../../nbs/70_training/43_run_logs.ipynb #d75a5815
+# %% ../../nbs/70_training/43_run_logs.ipynb #10c5aa03
 _COUNTS = {"step", "steps", "first", "last", "height"}  # the other numbers may have fractions
 
 

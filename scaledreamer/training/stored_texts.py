@@ -49,7 +49,7 @@ def store_texts(folder: Path, texts: list[str], embeddings: RunTexts) -> None:
     write_tensors(Path(folder) / TEXTS_FILE, tensors, about)
 
 # %% ../../nbs/70_training/37_stored_texts.ipynb #067ef432
-_PRECISIONS = {torch.bool, torch.float16, torch.float32, torch.float64}
+_REAL = (torch.float16, torch.float32, torch.float64)
 
 
 def _contents(
@@ -59,9 +59,9 @@ def _contents(
     texts = parse_json(about.get("texts", ""))
     if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
         raise ValueError("it does not name its texts")
-    kinds = {name: value.dtype for name, value in tensors.items()}
-    mask = kinds.pop("mask", torch.bool)
-    if kinds.keys() != {"tokens", "pooled"} or {*kinds.values(), mask} - _PRECISIONS:
+    kinds = {k: (x.ndim, "real" if x.dtype in _REAL else x.dtype) for k, x in tensors.items()}
+    mask = kinds.pop("mask", (2, torch.bool))
+    if mask != (2, torch.bool) or kinds != {"tokens": (3, "real"), "pooled": (2, "real")}:
         raise ValueError("it has other tensors than an embedding")
     if _checksum(tensors) != about.get("crc32"):
         raise ValueError("its checksum differs")
