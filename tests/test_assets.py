@@ -10,14 +10,16 @@ from diffusers import StableDiffusionPipeline
 from scaledreamer.camera.poses import orbit
 from scaledreamer.camera.view_words import view_prompts
 from scaledreamer.eval.clip import ClipScorer
+from scaledreamer.prior.open_prior import open_prior
 from scaledreamer.prior.stable_diffusion import StableDiffusionPrior
+from scaledreamer.recipes.tiny_sd_training import note_cameras
 from scaledreamer.toybox.captions import CORPORA, object_of
 from scaledreamer.toybox.renders import render_object
 
 ASSETS = Path(str(files("scaledreamer"))) / "assets"
 
 
-@pytest.mark.parametrize("name, megabytes", [("tiny-sd", 16), ("tiny-clip", 12)])
+@pytest.mark.parametrize("name, megabytes", [("tiny-sd", 16), ("tiny-mv", 16), ("tiny-clip", 12)])
 def test_size(name, megabytes):
     assert (
         sum(path.stat().st_size for path in (ASSETS / name).rglob("*") if path.is_file())
@@ -61,6 +63,25 @@ def test_the_prior_has_learnt_the_azimuth():
 
     wrong = min(error(right, turn) for turn in (90, 180, -90))
     assert error(right, 0) < 0.9 * wrong < error(others, 0)
+
+
+def test_the_multi_view_prior_has_learnt_its_cameras():
+    "At t = 900 cameras that are turned raise the noise error by over a tenth."
+    prior, rng = open_prior(ASSETS / "tiny-mv"), torch.Generator().manual_seed(3)
+    text, azimuths, t = ["a red chair"] * 4, torch.arange(4) * 90.0, torch.full((4,), 900)
+    images = render_object(object_of(text[0]), orbit(4), 64).over(torch.ones(3)).movedim(-1, 1)
+    latents = prior.encode_image(images)
+    noise = torch.randn(latents.shape, generator=rng)
+    x_t = prior.schedule.add_noise(latents, noise, t)
+
+    @torch.no_grad()
+    def error(turn):
+        camera = note_cameras([(text[0], float(azimuth) + turn, 15.0) for azimuth in azimuths])
+        tokens = prior.encode_text(text).tokens
+        return float((prior.predict_noise(x_t, t, tokens, camera) - noise).square().mean())
+
+    right = error(0)
+    assert all(error(turn) > 1.1 * right for turn in (90, 180, 270))
 
 
 @pytest.mark.parametrize("corpus, views, least", [("toybox-15", 12, 0.97), ("toybox-800", 1, 0.8)])
