@@ -99,7 +99,7 @@ def read_glb(
     screen = np.where(linear <= 0.0031308, 12.92 * linear, 1.055 * linear ** (1 / 2.4) - 0.055)
     return mesh.vertices, (255 * screen).round().astype(np.uint8), mesh.faces
 
-
+# %% ../../nbs/70_training/29_tracker_kinds.ipynb #85666516
 HPARAM_METRICS = ("eval/r_at_1", "eval/sim", "eval/volume_iou")  # beside the settings of runs
 
 
