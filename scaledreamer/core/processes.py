@@ -8,6 +8,7 @@ __all__ = ['ALONE', 'BUCKET', 'ERROR_KINDS', 'World', 'buckets', 'error_words', 
 
 # %% ../../nbs/10_core/82_processes.ipynb #acc6ba1a
 import os
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -17,20 +18,32 @@ from torch import Tensor, nn
 
 from .memory import is_out_of_memory
 from .settings import RunError, UsageError
+from .sharded_weights import Strategy, fill_skeleton, is_sharded
+from .sharded_weights import launcher_sharding, shard_generator
 
 # %% ../../nbs/10_core/82_processes.ipynb #1eb0840d
 class World:
     "The processes of a training; this class is one process alone."
 
-    rank, size, device, mixed = 0, 1, None, False  # mixed: networks of generators in bfloat16
+    rank, size, device = 0, 1, None
+    mixed = False  # networks of generators in bfloat16
+    sharded = False  # weights of generators are divided among the processes
 
     @property
     def main(self) -> bool:
         "Whether this process writes and prints."
         return self.rank == 0
 
-    def together(self) -> AbstractContextManager[None]:
-        "At the end of this context, an error of one process is raised in all of them."
+    @property
+    def computes(self) -> bool:
+        "Whether this process computes what is to be written: the main one, all if sharded."
+        return self.main or self.sharded
+
+    def together(self, scenes: bool = False) -> AbstractContextManager[None]:
+        """At the end of this context, an error of one process is raised in all of them.
+
+        `scenes`: generators compute inside. If their weights are sharded, a process with an error
+        ends at once, and the launcher ends the others, which may wait for its weights."""
         return nullcontext()
 
     def any(self, *flags: bool) -> list[bool]:
@@ -43,6 +56,13 @@ class World:
 
     def add_gradients(self, weights: Iterable[nn.Parameter]) -> None:
         "Replace the gradient of each weight by its sum over the processes."
+
+    def shard(self, generator: nn.Module) -> None:
+        "Divide the weights of a generator among the processes, if the launcher says so."
+
+    def whole(self, generator: nn.Module) -> nn.Module:
+        "The generator with all weights in this process; all processes call this."
+        return generator
 
     def objects(self, value: Any) -> list:
         "The values of all processes, in the order of their ranks."
@@ -106,7 +126,7 @@ class Messages(World):
     def __init__(self, rank: int, size: int) -> None:
         from torch import distributed
 
-        self.rank, self.size, self._distributed = rank, size, distributed
+        self.rank, self.size, self._distributed, self._left = rank, size, distributed, False
         self._hosts = distributed.new_group(backend="gloo") if size > 1 else None
 
     @contextmanager
@@ -131,12 +151,15 @@ class Messages(World):
         return found
 
     @contextmanager
-    def together(self) -> Iterator[None]:
+    def together(self, scenes: bool = False) -> Iterator[None]:
         own = error = None
         try:
             yield
         except BaseException as raised:
             own = raised
+        if own and scenes and self.sharded:
+            self._leave(own)
+            raise own
         try:
             if self.any(own is not None)[0]:
                 error = first_error(self.objects(error_words(own)))
@@ -145,15 +168,17 @@ class Messages(World):
         if own or error:
             raise (own or error) from None
 
+    def _leave(self, error: BaseException) -> None:
+        "Print the error, which the others cannot read any more; the main process raises its own."
+        self._left = True
+        if not self.main:
+            found = [error_words(error) if i == self.rank else None for i in range(self.size)]
+            text = str(first_error(found)) or "stopped"
+            print(f"scaledreamer: {text}", file=sys.__stderr__, flush=True)
+
 # %% ../../nbs/10_core/82_processes.ipynb #82b00002
 def launcher_precision() -> str:
     "The precision that Accelerate's launcher sets: no or bf16. Raises `UsageError` for the rest."
-    for name in ("FSDP", "DEEPSPEED"):
-        if os.environ.get(f"ACCELERATE_USE_{name}", "").lower() == "true":
-            raise UsageError(
-                f"the launcher uses {name}, which divides the weights, and here every process has "
-                "all of them: launch with --multi_gpu"
-            )
     precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
     if precision not in ("no", "bf16"):
         raise UsageError(f"the launcher's precision is {precision}: expected no or bf16")
@@ -165,11 +190,12 @@ class Processes(Messages):
 
     Raises `UsageError` for a device that the launcher does not give."""
 
-    def __init__(self, device: str = "cpu") -> None:
-        from accelerate import Accelerator
+    def __init__(self, device: str = "cpu", strategy: Strategy | None = None) -> None:
+        from accelerate import PartialState
 
-        state = Accelerator(cpu=device.partition(":")[0] == "cpu").state
+        state = PartialState(cpu=device.partition(":")[0] == "cpu")
         super().__init__(state.process_index, state.num_processes)
+        self.sharded, self._strategy = strategy is not None, strategy
         self.device = "cpu" if state.device.type == "cpu" else str(state.device)
         if state.device.type == "cpu" and not device.startswith("cpu"):
             raise UsageError(f"device is {device}, and the launcher starts processes on the CPU")
@@ -181,7 +207,7 @@ class Processes(Messages):
         return torch.cat(every)
 
     def add_gradients(self, weights: Iterable[nn.Parameter]) -> None:
-        trained = [weight for weight in weights if weight.requires_grad]
+        trained = [w for w in weights if w.requires_grad and not is_sharded(w)]
         used = self.any(*(weight.grad is not None for weight in trained))
         for weight in (weight for weight, by_some in zip(trained, used) if by_some):
             if weight.grad is None:
@@ -193,19 +219,27 @@ class Processes(Messages):
             for gradient, part in zip(some, flat.split([g.numel() for g in some])):
                 gradient.copy_(part.view_as(gradient))
 
+    def shard(self, generator: nn.Module) -> None:
+        if self._strategy:
+            self._empty = shard_generator(generator, self.device, self.size, self._strategy)
+
+    def whole(self, generator: nn.Module) -> nn.Module:
+        return fill_skeleton(self._empty, generator) if self.sharded else generator
+
     def close(self) -> None:
-        self._distributed.destroy_process_group()
+        if not self._left:  # otherwise the others may still wait for this process
+            self._distributed.destroy_process_group()
 
 
 def launched(device: str = "cpu") -> World:
     """The processes of which a launcher started this one, or this one alone.
 
     Raises `UsageError` for what Accelerate offers and a training cannot use."""
-    mixed = launcher_precision() == "bf16"
+    mixed, strategy = launcher_precision() == "bf16", launcher_sharding()
     size = os.environ.get("WORLD_SIZE", "")
     several = size.isdecimal() and int(size) > 1
     if not several and not mixed:
         return ALONE
-    world = Processes(device) if several else World()
+    world = Processes(device, strategy) if several else World()
     world.mixed = mixed
     return world

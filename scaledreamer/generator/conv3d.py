@@ -177,6 +177,9 @@ class Conv3D(TextTo3D):
             "fixed_z", torch.randn(1, s.noise, generator=make_rng(s.seed)), persistent=False
         )
 
+    def sharded_modules(self) -> list[nn.Module]:
+        return [self.synthesis.first_block, *self.synthesis.blocks, self.synthesis]
+
     def voxels(
         self, text: TextEmbedding, z: Float[Tensor, "b k"] | None = None
     ) -> Float[Tensor, "b f s s s"]:

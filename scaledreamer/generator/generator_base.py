@@ -57,6 +57,13 @@ class TextTo3D(nn.Module):
         """Called once before training with the texts of all training prompts, or with 512 of a
         large corpus; does nothing here. What it sets belongs into buffers, which are saved."""
 
+    def sharded_modules(self) -> list[nn.Module]:
+        """Modules whose weights several processes can divide among them, inner ones first.
+
+        Each computes tensors from tensors, and reads its weights only when it is called. The last
+        one calls all others."""
+        return []
+
 # %% ../../nbs/60_generator/10_generator_base.ipynb #c08efc25
 Pooling = Literal["mean", "pooled"]
 

@@ -161,7 +161,8 @@ class TriplaneTransformer(nn.Module):
         side = self.settings.side
         cells = self.norm(x).mT.unflatten(2, (3, side, side)).transpose(1, 2)
         planes = self.deconv(cells.flatten(0, 1)).unflatten(0, (-1, 3))
-        return planes.to(self.pos_embed.dtype)  # points are sampled in full precision
+        # points are sampled in full precision; a copy, since FSDP watches what is returned
+        return planes.to(self.pos_embed.dtype, copy=True)
 
 # %% ../../nbs/60_generator/60_triplane.ipynb #fa3843ed
 class Triplane(TextTo3D):
@@ -179,6 +180,9 @@ class Triplane(TextTo3D):
             MLPDecoder((3 * settings.channels, *settings.decoder, out)) for out in (1, 3)
         )
         self.background = SolidBackground() if background is None else background
+
+    def sharded_modules(self) -> list[nn.Module]:
+        return [*self.transformer.layers, self.transformer]
 
     def planes(self, text: TextEmbedding) -> Float[Tensor, "b 3 c h w"]:
         "The feature planes of each prompt."
