@@ -23,7 +23,9 @@ from torch import Tensor, nn
 
 from ..core.disk import sync_to_disk
 from ..core.files import obstacle, read_json, shown_path
+from ..core.processes import ALONE, World
 from ..core.settings import RunError
+from ..core.sharded_weights import cut_like, is_sharded, own_part, whole_tensor
 from ..core.tensor_files import read_tensors, tensor_difference
 from ..distill.estimator import Estimator
 from ..distill.vsd import EstimatorTrainer
@@ -35,8 +37,9 @@ def first_names(state: Mapping[str, Tensor]) -> dict[str, str]:
     first: dict[tuple, str] = {}
     names = {}
     for name, value in state.items():
-        memory = (value.data_ptr(), value.shape, value.stride(), value.dtype)
-        names[name] = first.setdefault(memory if value.numel() else (name,), name)
+        part = own_part(value)
+        memory = (part.data_ptr(), value.shape, value.stride(), value.dtype)
+        names[name] = first.setdefault(memory if part.numel() else (name,), name)
     return names
 
 
@@ -45,8 +48,9 @@ def saved_tensors(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     kept, used = {}, set()
     for name in dict.fromkeys(first_names(state).values()):
         value = state[name].detach().contiguous()
-        kept[name] = value.clone() if value.untyped_storage().data_ptr() in used else value
-        used.add(value.untyped_storage().data_ptr())
+        place = own_part(value).untyped_storage().data_ptr()
+        kept[name] = value.clone() if place in used else value
+        used.add(place)
     return kept
 
 # %% ../../nbs/70_training/30_checkpoints.ipynb #83ed299c
@@ -59,23 +63,36 @@ def _checksum(path: Path) -> int:
     return value
 
 
-def _write(
-    folder: Path,
-    step: int,
+def _files(
     generator: nn.Module,
     optimizer: torch.optim.Optimizer | None,
     estimator: EstimatorTrainer | None,
+    world: World,
+) -> dict[str, dict[str, Tensor]]:
+    "The whole tensors of each file of a checkpoint, in the main process."
+    files = {"generator": saved_tensors(generator.state_dict())}
+    if optimizer is not None:
+        files["optimizer"] = optimizer_tensors(optimizer)
+    if estimator is not None:
+        files["estimator"] = saved_tensors(estimator.estimator.state_dict())
+        files["estimator_optimizer"] = optimizer_tensors(estimator.optimizer)
+    for tensors in files.values():
+        for name in [name for name, value in tensors.items() if is_sharded(value)]:
+            whole = whole_tensor(tensors.pop(name))
+            if world.main:
+                tensors[name] = whole.cpu()
+    return files
+
+
+def _write(
+    folder: Path,
+    step: int,
+    files: Mapping[str, dict[str, Tensor]],
     state: Mapping[str, Any],  # what else its state.json says
 ) -> None:
     "Write the files of one checkpoint, to the disk."
-    save_file(saved_tensors(generator.state_dict()), folder / "generator.safetensors")
-    if optimizer is not None:
-        save_file(optimizer_tensors(optimizer), folder / "optimizer.safetensors")
-    if estimator is not None:
-        weights = saved_tensors(estimator.estimator.state_dict())
-        save_file(weights, folder / "estimator.safetensors")
-        tensors = optimizer_tensors(estimator.optimizer)
-        save_file(tensors, folder / "estimator_optimizer.safetensors")
+    for name, tensors in files.items():
+        save_file(tensors, folder / f"{name}.safetensors")
     sums = {path.name: _checksum(path) for path in sorted(folder.glob("*.safetensors"))}
     text = json.dumps({"step": step, "crc32": sums, **state})
     (folder / "state.json").write_text(text, encoding="utf-8")
@@ -90,15 +107,19 @@ def save_checkpoint(
     optimizer: torch.optim.Optimizer | None,
     estimator: EstimatorTrainer | None = None,
     state: Mapping[str, Any] = {},  # what else its state.json says
+    world: World = ALONE,  # its main process writes; all call this if the weights are sharded
 ) -> Path:
     """Write `folder/<step>` atomically, so that it also survives a power failure.
 
     Raises `RunError` if it cannot be written."""
     final, partial = folder / f"{step:06d}", folder / f".{step:06d}"
+    files = _files(generator, optimizer, estimator, world)
+    if not world.main:
+        return final
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        _write(partial, step, generator, optimizer, estimator, state)
+        _write(partial, step, files, state)
         shutil.rmtree(final, ignore_errors=True)
         os.replace(partial, final)
         for place in (folder, *folder.absolute().parents[:2]):
@@ -184,7 +205,9 @@ def _load_weights(module: nn.Module | Estimator, path: Path) -> None:
     if different:
         cause = f"{shown_path(path.parent)} is of another {path.stem}: {different}"
         raise UnusableCheckpoint(cause, "use the settings and the prior it was trained with")
-    module.load_state_dict({name: tensors[first] for name, first in names.items()})
+    module.load_state_dict(
+        {name: cut_like(tensors[first], state[name]) for name, first in names.items()}
+    )
 
 
 def _load_optimizer_file(optimizer: torch.optim.Optimizer, path: Path) -> None:

@@ -15,6 +15,7 @@ from ..camera.poses import orbit, sample_cameras
 from ..core.counters import LiveBytes
 from ..core.memory import memory_left
 from ..core.settings import UsageError
+from ..core.sharded_weights import own_part
 from ..core.tensors import make_rng, step_rng
 from ..distill.gradient import prescribed_gradient_loss
 from ..rendering.render_memory import render_bytes
@@ -113,8 +114,9 @@ COPIES = {"adam": 4, "adan": 6}  # of the weights: themselves, gradients and ave
 
 
 def weights_bytes(run: Run) -> int:
-    "Bytes of the generator's weights, their gradients and the averages of the optimiser."
-    trained = [p for p in run.generator.parameters() if p.requires_grad]
+    """Bytes of the generator's weights, their gradients and the averages of the optimiser, in this
+    process."""
+    trained = [own_part(p) for p in run.generator.parameters() if p.requires_grad]
     return COPIES[run.settings.optim.optimizer] * sum(p.nbytes for p in trained)
 
 # %% ../../nbs/70_training/42_memory_estimate.ipynb #f63f8f5c

@@ -9,6 +9,7 @@ __all__ = ['optimizer_tensors', 'load_optimizer']
 import torch
 from torch import Tensor
 
+from ..core.sharded_weights import cut_like
 from ..core.tensor_files import tensor_difference
 
 # %% ../../nbs/70_training/28_optimizer_state.ipynb #394a0a9a
@@ -57,10 +58,13 @@ def _check_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor
 def load_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
     "The inverse of `optimizer_tensors`. Raises `ValueError` for tensors of another optimiser."
     _check_optimizer(optimizer, tensors)
+    weights = [weight for group in optimizer.param_groups for weight in group["params"]]
     state: dict[int, dict[str, Tensor]] = {}
     for key, value in tensors.items():
         i, name = key.split(".", 1)
-        state.setdefault(int(i), {})[name] = value
+        state.setdefault(int(i), {})[name] = (
+            value if name == "step" else cut_like(value, weights[int(i)])
+        )
     groups = optimizer.state_dict()["param_groups"]
     if _counts_by_group(optimizer):
         for group in groups:

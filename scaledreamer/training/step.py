@@ -210,7 +210,7 @@ def step_parts(run: Run, texts: RunTexts, batch: Batch, rng: torch.Generator) ->
     "The parts of a step that this process computes; the gradients of all processes are added up."
     count, parts = run.settings.optim.accumulate, []
     first = run.world.rank * count
-    with run.world.together():
+    with run.world.together(scenes=True):
         mine = batch.split(count * run.world.size)[first : first + count]
         for k, part in enumerate(mine, first):
             parts.append(distill_part(run, texts, part, k, rng, parts[0].noise if parts else None))

@@ -6,12 +6,15 @@
 __all__ = ['regularisers', 'add_gradients', 'gradient_norm', 'generator_optimizer', 'update_weights', 'merge_parts']
 
 # %% ../../nbs/70_training/39_step_update.ipynb #08d5c38b
+from itertools import groupby
+
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from ..core.async_metrics import guarded_step
 from ..core.processes import ALONE, World
+from ..core.sharded_weights import is_sharded, whole_tensor
 from ..rendering.regularisers import eikonal, opaque, sparsity
 from ..rendering.volume import Rendering
 from .train_settings import TrainSettings
@@ -41,14 +44,20 @@ def add_gradients(losses: dict[str, Tensor], parts: int = 1) -> Float[Tensor, ""
 def gradient_norm(generator: nn.Module) -> Float[Tensor, ""]:
     "The norm of the gradient at all weights of the generator."
     gradients = [p.grad for p in generator.parameters() if p.grad is not None]
-    return nn.utils.get_total_norm(gradients)
+    sharded = [gradient for gradient in gradients if is_sharded(gradient)]
+    norm = nn.utils.get_total_norm([g for g in gradients if not is_sharded(g)])
+    if not sharded:
+        return norm
+    rest = whole_tensor(nn.utils.get_total_norm(sharded))
+    return torch.hypot(norm.to(rest), rest)
 
 
 def generator_optimizer(settings: TrainSettings, generator: nn.Module) -> torch.optim.Optimizer:
     """Adam or Adan for the weights of a generator.
 
     On a GPU a step of Adam needs no wait for the device, one of Adan waits for it."""
-    optim, weights = settings.optim, generator.parameters()
+    optim, kinds = settings.optim, groupby(generator.parameters(), is_sharded)
+    weights = [{"params": [*some]} for _, some in kinds]  # optimisers do not mix the two kinds
     if optim.optimizer == "adan":
         from timm.optim.adan import Adan
 

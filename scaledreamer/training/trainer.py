@@ -32,7 +32,7 @@ from ..prior.base import Prior
 from .corpora import Prompt, read_manifest
 from .divergence import divergence_text, read_divergence
 from .kept_checkpoints import prune_checkpoints
-from .memory_estimate import check_memory, what_to_lower
+from .memory_estimate import check_memory, step_render_bytes, what_to_lower
 from .run import Run, build
 from .run_folder import log_session, read_run_settings
 from .run_logs import append_row, sync_logs
@@ -53,15 +53,19 @@ def validation_picture(run: Run, path: Path, rows: int = 8, size: int = 64) -> N
     texts = [prompt.text for prompt in run.train_prompts[:rows]]
     cameras = orbit(4, elevation=20.0, prompts=len(texts)).to(run.settings.device)
     rendering = render_views(run.scene(texts), cameras, size, size, run.settings.render)
-    with replacing(path) as temporary:
-        image_grid(rendering.rgb.flatten(0, 1), columns=4).save(temporary)
+    if run.world.main:
+        with replacing(path) as temporary:
+            image_grid(rendering.rgb.flatten(0, 1), columns=4).save(temporary)
 
 
 def save_picture(run: Run) -> None:
-    "The validation picture of the run's present step."
+    "The validation picture of the run's present step; all processes call this."
     path = picture_path(run.folder, run.step)
-    validation_picture(run, path)
-    run.trackers.picture(path, run.step)
+    with run.world.together(scenes=True):
+        if run.world.computes:
+            validation_picture(run, path)
+        if run.world.main:
+            run.trackers.picture(path, run.step)
 
 
 def _check_there(run: Run) -> None:
@@ -70,17 +74,24 @@ def _check_there(run: Run) -> None:
 
 
 def save_run(run: Run) -> None:
-    """A checkpoint of the run's present step, if there is none. Raises `RunError` if a step so far
-    was not finite, or if the run's folder has been deleted."""
+    """A checkpoint of the run's present step, if there is none; all processes call this. Raises
+    `RunError` if a step so far was not finite, or if the run's folder has been deleted."""
     run.monitor.flush({})
-    _check_there(run)
-    folder, keep = run.folder / "checkpoints", run.settings.save
-    if run.step not in checkpoint_steps(folder):
-        sync_logs(run.folder / "metrics.jsonl", run.folder / RENDERS_FILE)
-        state = {"skipped": run.monitor.skipped}
-        state |= {"score": text_gain(run)} if keep.keep_best else {}
-        save_checkpoint(folder, run.step, run.generator, run.optimizer, run.estimator, state)
-    prune_checkpoints(folder, keep.keep_checkpoints)
+    folder, keep, world = run.folder / "checkpoints", run.settings.save, run.world
+    with world.together():
+        if world.main:
+            _check_there(run)
+    missing = world.any(world.main and run.step not in checkpoint_steps(folder))[0]
+    with world.together(scenes=True):
+        if missing and world.main:
+            sync_logs(run.folder / "metrics.jsonl", run.folder / RENDERS_FILE)
+        if missing and world.computes:
+            state = {"skipped": run.monitor.skipped}
+            state |= {"score": text_gain(run)} if keep.keep_best else {}
+            parts = run.generator, run.optimizer, run.estimator
+            save_checkpoint(folder, run.step, *parts, state, world)
+        if world.main:
+            prune_checkpoints(folder, keep.keep_checkpoints)
 
 # %% ../../nbs/70_training/50_trainer.ipynb #23a88ba7
 def _after_step(run: Run) -> None:
@@ -91,11 +102,10 @@ def _after_step(run: Run) -> None:
     if not (validate or checkpoint):
         return
     run.monitor.flush({})  # raises if a step so far was not finite
-    with run.world.together():
-        if validate and run.world.main:
-            save_picture(run)  # first: a run that is resumed has the pictures up to its checkpoint
-        if checkpoint and run.world.main:
-            save_run(run)
+    if validate:
+        save_picture(run)  # first: a run that is resumed has the pictures up to its checkpoint
+    if checkpoint:
+        save_run(run)
 
 
 def _log(run: Run, metrics: LazyMetrics) -> dict[str, str]:
@@ -138,10 +148,12 @@ def train_steps(
 
 def _save_end(run: Run, first: int, started: float) -> None:
     "The checkpoint and the session of a training that ends, whose first step was `first`."
-    with run.world.together():
+    save_run(run)
+    with run.world.together(scenes=True):
         if run.world.main:
-            save_run(run)
             log_session(run, first, started)
+        if run.world.sharded:
+            run.generator, run.optimizer = run.world.whole(run.generator), None
 
 
 _BUILDING = threading.Lock()  # one thread at a time imports libraries and opens a prior
@@ -164,7 +176,8 @@ def run_training(
     `make_generator` (text width to network) makes one of your own, which the settings then name.
     `on_start` receives the run before its first step, `on_step` every step and its metrics, whose
     values wait for the device. An interrupt saves a checkpoint before it is raised. The folder is
-    locked meanwhile. All processes of a `world` call this; the main one writes and calls both.
+    locked meanwhile. All processes of a `world` call this; the main one writes and calls both. They
+    must not call a generator whose weights are sharded.
     Trackers that are given get what the settings say, and are closed by the caller.
     Raises `UsageError` before the folder is made if a step does not fit the memory."""
     folder, started = Path(folder), time.monotonic()
@@ -172,6 +185,9 @@ def run_training(
         settings, prompts = check_training(folder, settings, resume, world)
         run = build(folder, settings, prompts, make_generator)
         run.world = world
+        if world.sharded:
+            step_render_bytes(run)  # by the whole generator
+        world.shard(run.generator)
         check_memory(run)
     with ExitStack() as stack:
         enter_run(run, resume, stack, trackers)
