@@ -38,7 +38,7 @@ def two(tmp_path_factory):
     "The folder in which two processes did everything; at the end one of them failed in a step."
     folder = tmp_path_factory.mktemp("two")
     command = [sys.executable, *LAUNCH, processes.__file__, str(folder)]
-    done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, timeout=300)
+    done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, timeout=600)
     assert (folder / "found-0.json").exists(), done.stderr[-3000:]
     assert done.returncode == 1 and done.stdout == ""
     (folder / "said.txt").write_text(done.stderr)
@@ -219,7 +219,7 @@ def test_accelerate_launches_the_command(tmp_path):
     command += ["--generator", "triplane", "--prompt", *processes.TEXTS, "--steps", "2"]
     command += ["--resolution", "12", "--eval-views", "1", "--out", "run"]
     options = {"capture_output": True, "text": True, "env": ENVIRONMENT, "cwd": tmp_path}
-    done = subprocess.run(command, **options, timeout=300)
+    done = subprocess.run(command, **options, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("run: run\n") == done.stdout.count("Sim ") == 1
     assert done.stderr.count("asd: 2 of 2") == 1

@@ -34,7 +34,8 @@ def launch_command(folder: Path, processes: int, *options: str) -> list[str]:
     train = ["-m", "scaledreamer", "train", "--config", place, "--out", place, "--resume"]
     if processes == 1:
         return [sys.executable, *train]
-    launcher = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes"]
+    kind = [] if "--use_fsdp" in options else ["--multi_gpu"]
+    launcher = ["-m", "accelerate.commands.launch", *kind, "--num_processes"]
     fixed = [str(processes), "--num_machines", "1", "--mixed_precision", "no"]
     return [sys.executable, *launcher, *fixed, "--dynamo_backend", "no", *options, *train]
 
