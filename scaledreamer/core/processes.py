@@ -256,6 +256,8 @@ def launched(device: str = "cpu") -> World:
     mixed, strategy = launcher_precision() == "bf16", launcher_sharding()
     size = os.environ.get("WORLD_SIZE", "")
     several = size.isdecimal() and int(size) > 1
+    if strategy:  # otherwise transformers gives the weights of a prior to the main process alone
+        os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
     if not several and not mixed:
         return ALONE
     world = Processes(device, strategy) if several else World()
