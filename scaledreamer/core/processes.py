@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ALONE', 'BUCKET', 'ERROR_KINDS', 'World', 'buckets', 'error_words', 'first_error', 'peer_error', 'is_peer_error',
-           'Messages', 'launcher_precision', 'Processes', 'launched']
+           'Connection', 'Messages', 'launcher_precision', 'Processes', 'launched']
 
 # %% ../../nbs/10_core/82_processes.ipynb #acc6ba1a
 import os
@@ -27,8 +27,7 @@ class World:
     "The processes of a training; this class is one process alone."
 
     rank, size, device = 0, 1, None
-    mixed = False  # networks of generators in bfloat16
-    sharded = False  # weights of generators are divided among the processes
+    mixed = sharded = False  # generators: networks in bfloat16; weights divided over processes
 
     @property
     def main(self) -> bool:
@@ -137,7 +136,7 @@ def is_peer_error(error: BaseException) -> bool:
     )
 
 # %% ../../nbs/10_core/82_processes.ipynb #f87152e7
-class Messages(World):
+class Connection(World):
     "Several processes that exchange flags and small objects between their hosts."
 
     def __init__(self, rank: int, size: int) -> None:
@@ -165,6 +164,10 @@ class Messages(World):
         with self._peers():
             self._distributed.all_gather_object(found, value, self._hosts)
         return found
+
+# %% ../../nbs/10_core/82_processes.ipynb #cd278992
+class Messages(Connection):
+    "Processes of which an error of one is raised in all."
 
     @contextmanager
     def together(self, scenes: bool = False) -> Iterator[None]:
@@ -248,7 +251,7 @@ class Processes(Messages):
         if not self._left:  # otherwise the others may still wait for this process
             self._distributed.destroy_process_group()
 
-
+# %% ../../nbs/10_core/82_processes.ipynb #b621f3bb
 def launched(device: str = "cpu") -> World:
     """The processes of which a launcher started this one, or this one alone.
 

@@ -158,8 +158,7 @@ class Conv3DSettings:
 class Conv3D(TextTo3D):
     """Noise and text to SDF scenes in voxels.
 
-    Raises `UsageError` for text or noise of another width.
-    """
+    Raises `UsageError` for text or noise of another width."""
 
     def __init__(
         self, settings: Conv3DSettings = Conv3DSettings(), background: Background | None = None
@@ -173,9 +172,8 @@ class Conv3D(TextTo3D):
         self.shape_decoder = MLPDecoder((s.features, s.decoder_width, 1))
         self.color_decoder = MLPDecoder((s.features, s.decoder_width, 3))
         self.background = SolidBackground() if background is None else background
-        self.register_buffer(
-            "fixed_z", torch.randn(1, s.noise, generator=make_rng(s.seed)), persistent=False
-        )
+        fixed_z = torch.randn(1, s.noise, generator=make_rng(s.seed))
+        self.register_buffer("fixed_z", fixed_z, persistent=False)
 
     def sharded_modules(self) -> list[nn.Module]:
         return [self.synthesis.first_block, *self.synthesis.blocks, self.synthesis]

@@ -94,6 +94,15 @@ def save_run(run: Run) -> None:
             prune_checkpoints(folder, keep.keep_checkpoints)
 
 # %% ../../nbs/70_training/50_trainer.ipynb #23a88ba7
+def _place(run: Run, world: World) -> None:
+    "Divide the weights, if the launcher says so. Raises `UsageError` where memory is too small."
+    run.world = world
+    if world.sharded:
+        step_render_bytes(run)  # by the whole generator
+    world.shard(run.generator)
+    check_memory(run)
+
+
 def _after_step(run: Run) -> None:
     "Checkpoint and validation picture, if they are due after `run.step` steps."
     settings = run.settings
@@ -184,11 +193,7 @@ def run_training(
     with world.together(), _BUILDING:
         settings, prompts = check_training(folder, settings, resume, world)
         run = build(folder, settings, prompts, make_generator)
-        run.world = world
-        if world.sharded:
-            step_render_bytes(run)  # by the whole generator
-        world.shard(run.generator)
-        check_memory(run)
+        _place(run, world)
     with ExitStack() as stack:
         enter_run(run, resume, stack, trackers)
         first, cut = run.step, False
