@@ -96,10 +96,19 @@ def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
     assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
 
 
-@pytest.mark.parametrize("content", ["", "[]", "{}", '{"label": "e"}', "\x00\x01"])
-def test_what_is_no_curve(tmp_path, content):
+@pytest.mark.parametrize(
+    "content, fault",
+    [
+        ("", r"is not JSON \(it is empty\)"),
+        ("[]", r"is \[\], not an object"),
+        ("{}", r"holds no curve \(.*\)"),
+        ('{"label": "e"}', r"holds no curve \(.*\)"),
+        ("\x00\x01", r"is not JSON \(line 1, column 1: Expecting value\)"),
+    ],
+)
+def test_what_is_no_curve(tmp_path, content, fault):
     (tmp_path / "x.json").write_text(content)
-    with pytest.raises(RunError, match=r"x\.json holds no curve .*: measure it again"):
+    with pytest.raises(RunError, match=rf"x\.json {fault}: measure it again"):
         ErrorCurve.load(tmp_path / "x.json")
 
 
