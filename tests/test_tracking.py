@@ -5,6 +5,7 @@ import shutil
 import signal
 import struct
 import sys
+import time
 import threading
 import warnings
 from contextlib import closing
@@ -110,7 +111,7 @@ def numbers(evaluation):
     return {name: value for name, value in flat.items() if type(value) in (int, float)}
 
 
-def records(folder):
+def written_records(folder):
     "The records of an offline run of wandb: in blocks of 32 kB, behind a header of 7 bytes."
     (path,) = folder.glob("*.wandb")
     data, at, record = path.read_bytes(), 7, b""
@@ -123,6 +124,16 @@ def records(folder):
         if kind in (1, 4):  # whole, or the last part
             yield Record.FromString(record)
             record = b""
+
+
+def records(folder):
+    "The records of an offline run once it has its end, for which `finish` does not wait."
+    for _ in range(100):
+        found = list(written_records(folder))
+        if any(record.WhichOneof("record_type") == "exit" for record in found):
+            break
+        time.sleep(0.1)
+    return found
 
 
 def history(folder):

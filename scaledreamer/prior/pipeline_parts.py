@@ -175,7 +175,7 @@ def _scheduler_faults(config: dict[str, Any]) -> Iterator[tuple[str, str]]:
         fits = all(type(x) in (int, float) and 0 <= x <= 1 for x in numbers)
         if not fits or len(numbers) < 2:
             yield "trained_betas", "null, or a list of numbers from 0 to 1"
-    elif "beta_schedule" not in config:
+    elif type(config.get("beta_schedule")) is not str:
         yield "beta_schedule", "the schedule of the noise, such as scaled_linear"
     for key, (low, high) in _RANGES.items():
         number, kinds = config.get(key), (int,) if low else (int, float)
