@@ -123,6 +123,7 @@ It denoises {} views of one object together, evenly spaced around it, and takes 
 MVDream does; `scaledreamer.prior.open_prior` opens it.
 """
 OBJECTIVES = {
+    "v": "the U-Net predicts v (v-prediction), on the schedule of Stable Diffusion.",
     "noise": "the U-Net predicts the noise, on the schedule of Stable Diffusion.",
     "flow": """flow matching. The U-Net predicts the velocity, noise minus image, on straight
   paths from image to noise; `scaledreamer.prior.open_prior` opens it, and the pipeline of diffusers

@@ -35,8 +35,8 @@ def save_training(tiny: TinyTraining, folder: Path) -> None:
     """Write weights, average, optimiser state, step and seconds to `folder/state.*`.
 
     Raises `WriteError`, e.g. for a full disk; the state before it is then still there."""
-    adam = optimizer_tensors(tiny.optimizer)
-    tensors = _weights(tiny) | {f"optimizer.{name}": value for name, value in adam.items()}
+    states = optimizer_tensors(tiny.optimizer)
+    tensors = _weights(tiny) | {f"optimizer.{name}": value for name, value in states.items()}
     tensors = {name: value.contiguous() for name, value in tensors.items()}
     write_tensors(folder / _TENSORS, tensors, {"step": str(tiny.done)})
     settings = json.loads(to_json(tiny.settings))
@@ -70,10 +70,9 @@ def _read_about(folder: Path) -> dict[str, Any]:
 
 
 def _check_settings(folder: Path, given: RecipeSettings, saved: Mapping[str, Any]) -> None:
-    "Raises `UsageError` where settings differ; those that older versions lack had their defaults."
-    now, old = (json.loads(to_json(one)) for one in (given, RecipeSettings()))
-    old |= saved
-    changed = [name for name in now if name not in _FREE and now[name] != old[name]]
+    "Raises `UsageError` where settings differ."
+    now = json.loads(to_json(given))
+    changed = [name for name in now if name not in _FREE and now[name] != saved.get(name)]
     if changed:
         raise UsageError(
             f"{shown_path(folder)} has a training whose {', '.join(changed)} differ: repeat its "
@@ -97,13 +96,13 @@ def load_training(tiny: TinyTraining, folder: Path) -> None:
     about = _read_about(folder)
     _check_settings(folder, tiny.settings, about["settings"])
     tensors, step = _read_tensors(folder, about["step"])
-    adam = {k: v for k, v in tensors.items() if k.startswith("optimizer.")}
-    weights = {k: v for k, v in tensors.items() if k not in adam}
+    states = {k: v for k, v in tensors.items() if k.startswith("optimizer.")}
+    weights = {k: v for k, v in tensors.items() if k not in states}
     different = tensor_difference(weights, _weights(tiny))
     try:
         if different:
             raise ValueError(different)
-        load_optimizer(tiny.optimizer, {k.removeprefix("optimizer."): v for k, v in adam.items()})
+        load_optimizer(tiny.optimizer, {k.removeprefix("optimizer."): v for k, v in states.items()})
     except ValueError as error:
         raise RunError(
             f"{shown_path(folder / _TENSORS)} is of another training ({error}): {_REMEDY}"

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['training_caption', 'plain_caption', 'note_cameras', 'RecipeSettings', 'draw_timesteps', 'start_from',
-           'check_objective', 'make_networks', 'network_output', 'velocity_loss', 'TinyTraining', 'training_loss',
-           'train_step']
+           'check_objective', 'make_networks', 'network_output', 'velocity_loss', 'tiny_optimizer', 'caption_kind',
+           'TinyTraining', 'training_loss', 'train_step']
 
 # %% ../../nbs/82_recipes/20_tiny_sd_training.ipynb #bb35478e
 import math
@@ -13,6 +13,7 @@ import random
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Literal
 
@@ -20,6 +21,7 @@ import torch
 from diffusers import AutoencoderTiny, DDIMScheduler, FlowMatchEulerDiscreteScheduler
 from diffusers import UNet2DConditionModel
 from jaxtyping import Float, Int
+from timm.optim.muon import Muon
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import CLIPTextModel, CLIPTokenizer
@@ -29,12 +31,14 @@ from ..camera.view_words import view_prompts
 from ..core.files import read_json, shown_path
 from ..core.settings import Interval, UsageError, check_ranges
 from ..core.tensors import seeded
+from ..eval.fronts import without_front
 from ..prior.camera_embedding import with_cameras
 from ..prior.flow_schedule import flow_from_diffusers, flow_loss
 from ..prior.multi_view_unet import MultiViewUNet
 from ..prior.pipeline_parts import load_network
-from .tiny_sd import SCALING, WINDOW, make_scheduler
+from .tiny_sd import SCALING, WINDOW, Objective, make_scheduler
 from .tiny_sd import make_text_encoder, make_tokenizer, make_unet
+from ..toybox.captions import object_of
 from ..toybox.render_sets import RenderSet
 
 # %% ../../nbs/82_recipes/20_tiny_sd_training.ipynb #54099719
@@ -68,16 +72,17 @@ def note_cameras(
 class RecipeSettings:
     "Settings of the tiny prior's training."
 
-    # what the U-Net predicts: the noise, or the velocity from image to noise (flow matching)
-    objective: Literal["noise", "flow"] = "noise"
+    # what the U-Net predicts: v, the noise, or the velocity from image to noise (flow matching)
+    objective: Objective = "v"
     steps: int = 32_000  # optimiser steps, from 1 to 10^8
     batch: int = 64  # images per step, from 1 to 4096
-    lr: float = 7e-4  # highest learning rate of AdamW, above 0 and up to 10
+    lr: float = 3e-3  # highest learning rate, above 0 and up to 10
     # random seed of renders, initial weights and training steps, from 0 to 2^32 - 1
     seed: int = 0
     ema: float = 0.999  # decay per step of the average of the weights, from 0 to below 1
-    late: float = 0.5  # share, from 0 to 1, of timesteps 750 to 999, which teach the view
+    late: float = 0.35  # share, from 0 to 1, of timesteps 750 to 999, which teach the view
     singles: float = 0.6  # share, from 0 to 1, of images drawn from those of single shapes
+    fronts: float = 0.5  # share, from 0 to 1, of the latter drawn from shapes with a front
     images: int = 160_000  # renders, a multiple of 4, from 4 to 10^8
     decoder_steps: int = 3000  # training steps of the decoder of latents, from 1 to 10^8
     start: Path | None = None  # a tiny-sd folder whose weights training starts from
@@ -93,6 +98,7 @@ class RecipeSettings:
         check_ranges(self, decoder_steps=count, batch=Interval(1, 4096))
         check_ranges(self, lr=Interval(0, 10, "low"), ema=Interval(0, 1, "high"))
         check_ranges(self, seed=Interval(0, 2**32 - 1), late=part, singles=part)
+        check_ranges(self, fronts=part)
         if self.views not in (1, 4) or self.batch % self.views or self.images % 4:
             raise UsageError(
                 f"views {self.views}, batch {self.batch}, images {self.images}: expected 1 or 4 "
@@ -134,8 +140,9 @@ def start_from(folder: Path) -> nn.ModuleDict:
 def check_objective(settings: RecipeSettings) -> None:
     "Raises `UsageError` for weights to start from that predict something else."
     if settings.start:
-        file = settings.start / "scheduler/scheduler_config.json"
-        found = "flow" if "Flow" in str(read_json(file, dict).get("_class_name")) else "noise"
+        config = read_json(settings.start / "scheduler/scheduler_config.json", dict)
+        found = "v" if config.get("prediction_type") == "v_prediction" else "noise"
+        found = "flow" if "Flow" in str(config.get("_class_name")) else found
         if found != settings.objective:
             raise UsageError(
                 f"{settings.start} was trained with --objective {found}: give the same objective, "
@@ -180,17 +187,37 @@ def velocity_loss(
     ids: Int[Tensor, "b n"],  # tokens of the texts
     camera: Float[Tensor, "b 16"] | None = None,  # for a U-Net of several views
 ) -> Float[Tensor, ""]:
-    "Mean squared error of the velocity: of v, that of the noise over alpha-bar, or of a flow."
+    "Mean squared error of v (for noise: that of the noise over alpha-bar) or of a flow's velocity."
     if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
         schedule = flow_from_diffusers(scheduler)
         predict = lambda z_s, s: network_output(net, z_s, schedule.times(t), ids, camera)
         return flow_loss(predict, z, noise, schedule.levels[t].to(z))
-    abar = scheduler.alphas_cumprod[t].to(z)
-    z_t = abar.sqrt().view(-1, 1, 1, 1) * z + (1 - abar).sqrt().view(-1, 1, 1, 1) * noise
+    abar = scheduler.alphas_cumprod[t].to(z).view(-1, 1, 1, 1)
+    z_t = abar.sqrt() * z + (1 - abar).sqrt() * noise
     predicted = network_output(net, z_t, t, ids, camera)
-    return ((predicted - noise).square().mean((1, 2, 3)) / abar).mean()
+    if scheduler.config.prediction_type == "v_prediction":
+        return (predicted - (abar.sqrt() * noise - (1 - abar).sqrt() * z)).square().mean()
+    return ((predicted - noise).square() / abar).mean()
+
+# %% ../../nbs/82_recipes/20_tiny_sd_training.ipynb #9ae6c5d4
+def tiny_optimizer(net: nn.ModuleDict, lr: float) -> Muon:
+    "Muon for the matrices and kernels inside the networks, AdamW for the other weights."
+    inner, outer = [], []
+    for name, weight in net.named_parameters():
+        ends = weight.ndim < 2 or any(part in name for part in ("embedding", "conv_in", "conv_out"))
+        (outer if ends else inner).append(weight)
+    groups = [{"params": inner, "use_muon": True}, {"params": outer, "use_muon": False}]
+    return Muon(groups, lr, weight_decay=1e-3, nesterov=True, betas=(0.9, 0.99))
 
 # %% ../../nbs/82_recipes/20_tiny_sd_training.ipynb #de81734f
+@lru_cache(maxsize=1 << 16)
+def caption_kind(caption: str) -> Literal["pair", "front", "plain"]:
+    "A pair of shapes, a single one with a front, or another single one."
+    if " on " in caption:
+        return "pair"
+    return "front" if without_front(object_of(caption)) else "plain"
+
+
 class TinyTraining:
     "Text encoder and U-Net, their optimiser and moving average; `step()` does one step."
 
@@ -198,27 +225,23 @@ class TinyTraining:
         self.renders, self.settings, self.done, self.seconds = renders, settings, 0, 0.0
         self.device = torch.device(settings.device)
         self.vae = vae.to(self.device)
-        self.tokenizer, self.scheduler = (
-            make_tokenizer(),
-            make_scheduler(settings.objective == "flow"),
-        )
+        self.tokenizer, self.scheduler = make_tokenizer(), make_scheduler(settings.objective)
         check_objective(settings)
         with seeded(settings.seed):
             self.net = make_networks(self.tokenizer, settings.start, settings.views)
             self.net.to(self.device)
         self.average = {name: value.detach().clone() for name, value in self.net.named_parameters()}
-        self.optimizer = torch.optim.AdamW(
-            self.net.parameters(), settings.lr, (0.9, 0.99), weight_decay=1e-3, fused=True
-        )
-        rows = {True: [], False: []}  # by whether the caption names a single shape
+        self.optimizer = tiny_optimizer(self.net, settings.lr)
+        self.rows: dict[str, list[int]] = {}
         for row in range(0, len(renders), settings.views):
-            rows[" on " not in renders.notes[row][0]].append(row)
-        self.rows = rows
+            self.rows.setdefault(caption_kind(renders.notes[row][0]), []).append(row)
 
     def draw_row(self, rng: random.Random) -> int:
         "An image, or the first one of an object's views."
-        single = rng.random() < self.settings.singles
-        return rng.choice(self.rows[single] or self.rows[not single])
+        single, front = (rng.random() < x for x in (self.settings.singles, self.settings.fronts))
+        kinds = ("front", "plain") if front else ("plain", "front")
+        kinds = (*kinds, "pair") if single else ("pair", *kinds)
+        return rng.choice(next(self.rows[kind] for kind in kinds if kind in self.rows))
 
     def tokens(self, texts: list[str]) -> Int[Tensor, "b n"]:
         options = {"padding": "max_length", "max_length": WINDOW, "truncation": True}
