@@ -45,7 +45,7 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
         if name != "use_muon"  # a setting of the group
     }
 
-
+# %% ../../nbs/70_training/28_optimizer_state.ipynb #aee0c25a
 def _check_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
     "Raises `ValueError` unless the tensors are states of it for parameters of these shapes."
     weights = [
