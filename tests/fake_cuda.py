@@ -12,7 +12,7 @@ from typing import Any
 from unittest import mock
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException
 from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -125,6 +125,13 @@ def replace_parameter(old: Tensor, new: Tensor) -> None:
     old.numbers = new.numbers
 
 
+def copied(old: Tensor, memo: dict[int, Any]) -> Tensor:
+    "A deep copy; torch would copy the storage of a buffer, which is elsewhere."
+    new = old.detach().clone()
+    new = nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new
+    return memo.setdefault(id(old), new)
+
+
 @contextmanager
 def fake_cuda() -> Iterator[FakeCuda]:
     "A machine with one CUDA device, as far as torch says; plain torch is its only code."
@@ -140,6 +147,7 @@ def fake_cuda() -> Iterator[FakeCuda]:
         mock.patch("torch.utils.swap_tensors", replace_parameter),
         mock.patch.object(FakeTensor, "is_cuda", property(on_cuda), create=True),
         mock.patch.object(FakeTensor, "data_ptr", lambda x: numbers(x).data_ptr(), create=True),
+        mock.patch.object(FakeTensor, "__deepcopy__", copied, create=True),
         mock.patch.object(Tensor, "pin_memory", lambda self, device=None: self),
     ]
     for patch in patches:

@@ -12,12 +12,14 @@ import numpy as np
 import pytest
 import torch
 from fake_cuda import CUDA, FakeTensor, fake_cuda, numbers
+from test_multi_view import write_pipeline
 from test_triton_grid import needs_cuda
 
 from scaledreamer.commands.evaluate import named_scorers
 from scaledreamer.core.processes import World
 from scaledreamer.core.settings import UsageError
-from scaledreamer.core.tensors import best_device, make_rng, step_rng
+from scaledreamer.core.tensors import best_device, make_rng, seed_everything, step_rng
+from scaledreamer.distill.distill_settings import DistillSettings
 from scaledreamer.eval.captures import VolumeRenderer, capture_group
 from scaledreamer.eval.report import evaluate_scenes
 from scaledreamer.eval.truth import field_grid, solid_field, truth_of
@@ -28,7 +30,11 @@ from scaledreamer.generator.ingp import INGP, INGPSettings
 from scaledreamer.generator.triplane import Triplane, TriplaneSettings
 from scaledreamer.kernels.hash_grid_reference import HashGridSettings
 from scaledreamer.prior.embedding_build import StoredTexts
+from scaledreamer.prior.multi_view import random_multi_view
+from scaledreamer.prior.pipelines import quiet
 from scaledreamer.prior.prior_settings import PriorSettings
+from scaledreamer.prior.sd3_text import random_sd3_pipeline
+from scaledreamer.prior.stable_diffusion_xl import random_sdxl_pipeline
 from scaledreamer.prior.text_encoding import text_encoding
 from scaledreamer.training import run as training_run
 from scaledreamer.training.run import Run, build
@@ -49,6 +55,7 @@ SETTINGS = TrainSettings(
     prior_settings=PriorSettings("float32"),
 )
 GRID = HashGridSettings(levels=2, log2_size=10, base=4, scale=2.0)
+REFUSED = {("rfds", "xl"), ("rfds", "views")}
 SMALL = {  # of each kind, with less to compute
     "small hyper-ingp": lambda width: HyperINGP(HyperINGPSettings(grid=GRID, text_width=width)),
     "small ingp": lambda width: INGP(INGPSettings(grid=GRID)),
@@ -69,10 +76,16 @@ def prior_on(device: str, name: str, dtype: str):
 
 
 def run_on(
-    device: str, generator: str, method: str = "asd", prior: str = "tiny-sd", dtype: str = "float32"
+    device: str,
+    generator: str,
+    method: str = "asd",
+    prior: str = "tiny-sd",
+    dtype: str = "float32",
+    **more,
 ) -> Run:
     settings = replace(SETTINGS, device=device, generator=generator, method=method, prior=prior)
-    parts = training_prompts(SETTINGS), SMALL[generator]
+    settings = replace(settings, **more)
+    parts = training_prompts(settings), SMALL[generator]
     run = build(Path("unused"), settings, *parts, prior=prior_on(device, prior, dtype))
     run.optimizer = generator_optimizer(run.settings, run.generator)
     return run
@@ -192,32 +205,61 @@ def test_a_step_in_16_bits(device):
 # methods -----------------------------------------------------------------------------------------
 
 
+def gradients(where: str, method: str, prior: str, **more) -> str | list[torch.Tensor]:
+    "The gradient at the latents, and the loss of an estimator; or why the method is refused."
+    try:
+        run = run_on(where, "small ingp", method, prior, **more)
+        views = getattr(run.prior, "views", 1)
+        shape = views, *run.prior.latent_shape
+        latents, rng = torch.randn(shape, generator=make_rng(0)).to(where), step_rng(0, 1)
+        batch = sample_batch(run.settings, run.train_prompts, 0, rng)
+        query = query_prior(run, batch, latents, 0, rng)
+    except UsageError as error:  # of a method for another kind of prior
+        return str(error)
+    found = [query.score.gradient]
+    if method in ESTIMATOR_METHODS:
+        finite = torch.ones((), dtype=torch.bool, device=where)
+        fitted = fit_estimator(run, [latents], [query], rng, finite)["loss_estimator"]
+        found.append(fitted.detach())
+        assert where == "cpu" or there(*run.estimator.estimator.parameters())
+    assert where == "cpu" or there(query.score.t, query.sample.noise, *found)
+    return [value.cpu() for value in found]
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_each_method_is_that_of_the_cpu(method, device):
-    "The gradient at the latents, and for VSD a step of the estimator, which is that of ESD, too."
-    prior, found = "tiny-sd" if method in ESTIMATOR_METHODS else "mixture", []
-    for where in ("cuda", "cpu"):
-        try:
-            run = run_on(where, "small ingp", method, prior)
-            latents = torch.randn(1, *run.prior.latent_shape, generator=make_rng(0)).to(where)
-            rng = step_rng(0, 1)
-            batch = sample_batch(run.settings, run.train_prompts, 0, rng)
-            query = query_prior(run, batch, latents, 0, rng)
-        except UsageError as error:  # of a method for another kind of prior
-            found.append(str(error))
-            continue
-        loss, finite = None, torch.ones((), dtype=torch.bool, device=where)
-        if method == "vsd":
-            loss = fit_estimator(run, [latents], [query], rng, finite)["loss_estimator"]
-        if where == "cuda":
-            estimated = [] if loss is None else [loss, *run.estimator.estimator.parameters()]
-            assert there(query.score.gradient, query.score.t, query.sample.noise, *estimated)
-        found.append([query.score.gradient.cpu(), *([] if loss is None else [loss.detach().cpu()])])
-    if isinstance(found[1], str):
-        assert found[0] == found[1]
+    prior = "tiny-sd" if method in ESTIMATOR_METHODS else "mixture"
+    got, want = gradients("cuda", method, prior), gradients("cpu", method, prior)
+    if isinstance(want, str):
+        assert got == want
         return
-    for got, want in zip(*found, strict=True):
-        torch.testing.assert_close(got, want, atol=1e-4 * want.abs().max().item(), rtol=1e-3)
+    for one, other in zip(got, want, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-4 * other.abs().max().item(), rtol=1e-3)
+
+
+@pytest.fixture(scope="module")
+def pipelines(plain, tmp_path_factory):
+    "Folders of small pipelines of the other kinds, with random weights."
+    folder = tmp_path_factory.mktemp("pipelines")
+    seed_everything(0)
+    with quiet():
+        random_sdxl_pipeline().save_pretrained(folder / "xl")
+        random_sd3_pipeline().save_pretrained(folder / "sd3")
+    write_pipeline(random_multi_view(), folder / "views")
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["xl", "sd3", "views"])
+@pytest.mark.parametrize("method", ["asd", "rfds", "vsd", "esd"])
+def test_each_kind_of_prior_is_that_of_the_cpu(method, kind, pipelines, device):
+    folder, plain = str(pipelines / kind), DistillSettings(view_prompting="plain")
+    known = {"prompt": ("a red ball",), "distill": plain}  # what their tokenizers read
+    got, want = (gradients(where, method, folder, **known) for where in ("cuda", "cpu"))
+    if isinstance(want, str):
+        assert got == want and (method, kind) in REFUSED, want
+        return
+    for one, other in zip(got, want, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-3 * other.abs().max().item(), rtol=1e-2)
 
 
 # a run -------------------------------------------------------------------------------------------
