@@ -5,8 +5,8 @@ import shutil
 import signal
 import struct
 import sys
-import time
 import threading
+import time
 import warnings
 from contextlib import closing
 from dataclasses import replace

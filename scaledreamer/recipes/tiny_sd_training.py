@@ -97,8 +97,8 @@ class RecipeSettings:
         check_ranges(self, images=Interval(4, 10**8), views=Interval(1, 4))
         check_ranges(self, decoder_steps=count, batch=Interval(1, 4096))
         check_ranges(self, lr=Interval(0, 10, "low"), ema=Interval(0, 1, "high"))
-        check_ranges(self, seed=Interval(0, 2**32 - 1), late=part, singles=part)
-        check_ranges(self, fronts=part)
+        check_ranges(self, seed=Interval(0, 2**32 - 1))
+        check_ranges(self, late=part, singles=part, fronts=part)
         if self.views not in (1, 4) or self.batch % self.views or self.images % 4:
             raise UsageError(
                 f"views {self.views}, batch {self.batch}, images {self.images}: expected 1 or 4 "

@@ -29,7 +29,7 @@ def _state_names(group: dict[str, Any]) -> tuple[str, ...]:
 
 def _counts_by_group(optimizer: torch.optim.Optimizer) -> bool:
     "Whether its parameters share a step count: those of Adan."
-    return len(optimizer.param_groups[0].get("betas", ())) == 3
+    return _state_names(optimizer.param_groups[0]) is _ADAN
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
