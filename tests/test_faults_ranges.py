@@ -19,7 +19,7 @@ from scaledreamer.core.memory import free_host_memory, group_memory, memory_erro
 from scaledreamer.core.settings import Interval, RunError, UsageError
 from scaledreamer.training import memory_estimate, trainer
 from scaledreamer.training.corpora import number_prompts
-from scaledreamer.training.presets import paper
+from scaledreamer.training.presets import mg15_hyper_ingp
 from scaledreamer.training.run import build
 from scaledreamer.training.train_settings import TrainSettings
 
@@ -118,7 +118,10 @@ def test_every_number_has_a_range(command, option, cls, each, hint):
 def helps():
     "The help of each command as one line, by command and preset."
     found = {}
-    presets = [("train", ["--preset", name]) for name in ("paper", "paper-triplane")]
+    presets = [
+        ("train", ["--preset", name])
+        for name in ("paper/mg15-hyper-ingp", "paper/dl17k-triplane-mv")
+    ]
     for command, more in [*((name, []) for name in cli.COMMANDS), *presets]:
         with contextlib.redirect_stdout(io.StringIO()) as out, pytest.raises(SystemExit):
             with mock.patch.dict(os.environ, {"COLUMNS": "100"}):
@@ -148,7 +151,7 @@ def odd_line(rng):
     own = [option for option in OPTIONS if option[0] == command]
     line = [command, *NEEDED[command]]
     if command == "train" and rng.random() < 0.2:
-        line += ["--preset", "paper", "--distill.view-prompting", "tokens"]
+        line += ["--preset", "paper/mg15-hyper-ingp", "--distill.view-prompting", "tokens"]
     for _, option, _, each, hint in rng.sample(own, min(len(own), rng.randint(1, 3))):
         values = [rng.choice(ODD) for _ in range(length(hint))]
         if len(values) == 1 and rng.random() < 0.5:
@@ -231,11 +234,11 @@ def test_odd_numbers_give_one_sentence(tmp_path):
         (f"train --steps {'9' * 5000}", "--steps is an integer of thousands of digits"),
         ("train --steps 1e3", "--steps is '1e3': expected an integer"),
         (
-            "train --preset paper --cameras.distance 0 1",
+            "train --preset paper/mg15-hyper-ingp --cameras.distance 0 1",
             "--cameras.distance is (0.0, 1.0): expected",
         ),
         (
-            "train --preset paper --cameras.sphere-share 2",
+            "train --preset paper/mg15-hyper-ingp --cameras.sphere-share 2",
             "--cameras.sphere-share is 2.0: expected",
         ),
         ("evaluate none --views 1000000", "--views is 1000000: expected an integer from 1 to 4096"),
@@ -281,7 +284,7 @@ def test_a_step_that_cannot_fit_is_refused_before_the_folder(tmp_path, monkeypat
 def test_usual_runs_are_not_refused():
     for settings in (TrainSettings(), SMALL):
         memory_estimate.check_memory(build(Path("none"), settings, PROMPTS), left=6 * 10**9)
-    own = replace(paper(), prior="mixture", generator="ingp", distill=SMALL.distill)
+    own = replace(mg15_hyper_ingp(), prior="mixture", generator="ingp", distill=SMALL.distill)
     memory_estimate.check_memory(build(Path("none"), own, PROMPTS), left=8 * 10**9)
     assert memory_left() > 10**8
 

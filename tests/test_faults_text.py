@@ -27,7 +27,8 @@ from scaledreamer.training.run import build
 from scaledreamer.training.corpora import number_prompts
 from scaledreamer.training.presets import PRESETS
 from scaledreamer.training.train_settings import METHODS, TrainSettings, build_prior
-from scaledreamer.training.train_settings import method_of, read_settings
+from scaledreamer.training.earlier_settings import read_settings
+from scaledreamer.training.train_settings import method_of
 from scaledreamer.training.trainer import open_run, run_training
 
 QUICK = ["--generator", "ingp", "--prompts-per-step", "1", "--resolution", "8"]

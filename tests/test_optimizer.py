@@ -13,7 +13,7 @@ from scaledreamer.field.background import BackgroundAugmentation
 from scaledreamer.training.optimizer_state import load_optimizer, optimizer_tensors
 from scaledreamer.training.corpora import number_prompts
 from scaledreamer.training.optim_settings import OptimSettings
-from scaledreamer.training.presets import PRESETS, paper_triplane
+from scaledreamer.training.presets import PRESETS, dl17k_triplane_mv
 from scaledreamer.training.run import build
 from scaledreamer.training.step import training_step
 from scaledreamer.training.step_update import generator_optimizer, update_weights
@@ -156,7 +156,7 @@ def test_what_does_not_go_together_is_refused(changes, message):
 
 
 def test_the_recipe_of_the_release():
-    recipe = paper_triplane()
+    recipe = dl17k_triplane_mv()
     assert (recipe.optim.optimizer, recipe.optim.adan_betas) == ("adan", (0.98, 0.92, 0.99))
     assert recipe.loss.at(5, 100) == {"sparsity": 20.0, "opaque": 0.0, "eikonal": 0.01}
     assert recipe.loss.at(100, 100)["opaque"] == 1.0
@@ -171,7 +171,7 @@ def test_the_small_triplane_preset_trains():
 
 
 def test_the_recipe_of_the_release_sees_its_objects_from_afar():
-    large = paper_triplane()
+    large = dl17k_triplane_mv()
     plain = replace(large.distill, negative_prompt="")
     small = {"generator": "triplane", "prior": "mixture", "prompt": TEXTS, "resolution": 8}
     parts = replace(large.optim, accumulate=2)

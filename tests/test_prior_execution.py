@@ -18,8 +18,9 @@ from scaledreamer.prior.pipelines import random_pipeline
 from scaledreamer.prior.execution import PriorSettings, apply_execution, share_text
 from scaledreamer.prior.stable_diffusion import StableDiffusionPrior, image_latents
 from scaledreamer.recipes.step_memory import MEMORY_PRESETS
-from scaledreamer.training.presets import paper
-from scaledreamer.training.train_settings import TrainSettings, read_settings
+from scaledreamer.training.presets import mg15_hyper_ingp
+from scaledreamer.training.earlier_settings import read_settings
+from scaledreamer.training.train_settings import TrainSettings
 
 ROUNDING, HALF = (
     1e-5,
@@ -271,9 +272,9 @@ def test_checkpoints_keep_less_and_give_the_same_gradient():
 @pytest.mark.parametrize("gigabytes", MEMORY_PRESETS)
 def test_flags_of_a_preset_are_the_preset(gigabytes):
     preset = MEMORY_PRESETS[gigabytes]
-    assert parse(["train", "--preset", "paper", *preset.flags.split()]).settings == preset.applied(
-        paper()
-    )
+    assert parse(
+        ["train", "--preset", "paper/mg15-hyper-ingp", *preset.flags.split()]
+    ).settings == preset.applied(mg15_hyper_ingp())
     assert (
         replace(preset.applied(TrainSettings()), prompts_per_step=4, prior_settings=PriorSettings())
         == TrainSettings()

@@ -23,11 +23,12 @@ from scaledreamer.prior.stable_diffusion import StableDiffusionPrior
 from scaledreamer.training.checkpoints import checkpoint_steps
 from scaledreamer.training.corpora import number_prompts
 from scaledreamer.training.method_defaults import resolve_settings
-from scaledreamer.training.presets import paper
+from scaledreamer.training.presets import mg15_hyper_ingp
 from scaledreamer.training.prompt_order import step_prompts
 from scaledreamer.training.run import build
 from scaledreamer.training.save_settings import SaveSettings
-from scaledreamer.training.train_settings import TrainSettings, build_prior, read_settings
+from scaledreamer.training.earlier_settings import read_settings
+from scaledreamer.training.train_settings import TrainSettings, build_prior
 from scaledreamer.training.trainer import open_run, run_training
 
 
@@ -628,7 +629,7 @@ def test_every_prompt_is_visited_equally():
 
 
 def test_the_paper_preset_survives_json():
-    assert from_json(TrainSettings, to_json(paper())) == paper()
+    assert from_json(TrainSettings, to_json(mg15_hyper_ingp())) == mg15_hyper_ingp()
 
 
 @pytest.mark.parametrize(

@@ -38,7 +38,7 @@ from ..training.corpora import load_corpus
 from ..training import step as training
 from ..training.step_update import generator_optimizer
 from ..training import step_batch
-from ..training.presets import paper
+from ..training.presets import mg15_hyper_ingp
 from ..training.train_settings import TrainSettings, build_generator
 from ..training.run import Run, build
 
@@ -213,7 +213,7 @@ def bench_step_sd21(device: str = "cpu", quick: bool = False) -> list[dict[str, 
     cuda = device.startswith("cuda")
     prior = random_sd21(PriorSettings(channels_last=True, compile=cuda), device, quick)
     settings = replace(
-        paper(),
+        mg15_hyper_ingp(),
         corpus="toybox-15",
         device=device,
         resolution=8 if quick else 64,

@@ -132,15 +132,16 @@ def check_text(argv: list[str]) -> None:
 # %% ../../nbs/90_commands/39_arguments.ipynb #10c2efe1
 def translate_renamed(
     argv: list[str],
-    names: dict[str, str],  # setting: its new name, as train_settings.RENAMED
+    names: dict[str, str],  # setting: its new name, as earlier_settings.RENAMED
     values: dict[tuple[str, str, str], str],  # section, setting, value: its new value
+    presets: dict[str, str],  # preset: its new name
 ) -> list[str]:
     "The arguments with settings and values of earlier versions replaced by the present ones."
     dashed = lambda name: name.replace("_", "-")
     options = {f"--{dashed(old)}": f"--{dashed(new)}" for old, new in names.items()}
     spelled = {
         (dashed(f"--{section}.{key}"), old): new for (section, key, old), new in values.items()
-    }
+    } | {("--preset", old): new for old, new in presets.items()}
     renamed, option = [], ""
     for argument in argv:
         if argument.startswith("--"):
@@ -173,9 +174,10 @@ def prepare_train(argv: list[str], cls: type) -> tuple[list[str], Any]:
     """Arguments of `train`, a `cls`, with present names, and its defaults, of a preset or a run.
 
     Raises UsageError for both a corpus and prompts."""
-    from scaledreamer.training.presets import PRESETS
-    from scaledreamer.training.train_settings import RENAMED, RENAMED_VALUES
+    from scaledreamer.training.earlier_settings import RENAMED, RENAMED_VALUES
+    from scaledreamer.training.presets import PRESETS, RENAMED_PRESETS
 
+    argv = translate_renamed(argv, RENAMED, RENAMED_VALUES, RENAMED_PRESETS)
     given = {argument.partition("=")[0] for argument in argv}
     if {"--prompt", "--corpus"} <= given:
         raise UsageError(
@@ -186,11 +188,12 @@ def prepare_train(argv: list[str], cls: type) -> tuple[list[str], Any]:
     if config is not None:
         from scaledreamer.training.run_folder import read_run_settings
 
-        settings = read_run_settings(Path(config))
-        if given & {"--prompt", "--corpus"}:
-            settings = replace(settings, prompt=(), corpus=type(settings).corpus)
-        defaults = cls(settings=settings, config=Path(config))
+        settings, origin = read_run_settings(Path(config)), {"config": Path(config)}
     else:
-        defaults = cls(settings=PRESETS[preset](), preset=preset) if preset in PRESETS else cls()
-    argv = repeat_option(translate_renamed(argv, RENAMED, RENAMED_VALUES), "--prompt")
-    return join_option(argv, "--track"), defaults
+        known = preset in PRESETS
+        settings = PRESETS[preset if known else "toybox"]()
+        origin = {"preset": preset} if known else {}
+    if given & {"--prompt", "--corpus"}:
+        settings = replace(settings, prompt=(), corpus=type(settings).corpus)
+    argv = join_option(repeat_option(argv, "--prompt"), "--track")
+    return argv, cls(settings=settings, **origin)

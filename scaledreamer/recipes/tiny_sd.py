@@ -95,7 +95,7 @@ def make_text_encoder(tokenizer: CLIPTokenizer, width: int = 96, layers: int = 2
     return encoder
 
 # %% ../../nbs/82_recipes/10_tiny_sd.ipynb #8363839f
-def make_unet(width: int = 96, channels: tuple[int, ...] = (64, 96, 160)) -> UNet2DConditionModel:
+def make_unet(width: int = 96, channels: tuple[int, ...] = (80, 96, 144)) -> UNet2DConditionModel:
     "A U-Net with fresh weights over 16x16 latents of 12 channels."
     cross = len(channels) - 1
     return UNet2DConditionModel(

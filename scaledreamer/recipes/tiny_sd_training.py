@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['training_caption', 'plain_caption', 'note_cameras', 'RecipeSettings', 'draw_timesteps', 'start_from',
-           'check_objective', 'make_networks', 'network_output', 'velocity_loss', 'tiny_optimizer', 'caption_kind',
-           'TinyTraining', 'training_loss', 'train_step']
+           'check_objective', 'make_networks', 'network_output', 'velocity_loss', 'tiny_optimizer', 'has_front',
+           'render_kind', 'TinyTraining', 'training_loss', 'train_step']
 
 # %% ../../nbs/82_recipes/20_tiny_sd_training.ipynb #bb35478e
 import math
@@ -39,7 +39,7 @@ from ..prior.pipeline_parts import load_network
 from .tiny_sd import SCALING, WINDOW, Objective, make_scheduler
 from .tiny_sd import make_text_encoder, make_tokenizer, make_unet
 from ..toybox.captions import object_of
-from ..toybox.render_sets import RenderSet
+from ..toybox.render_sets import RenderNote, RenderSet
 
 # %% ../../nbs/82_recipes/20_tiny_sd_training.ipynb #54099719
 def training_caption(caption: str, azimuth: float, elevation: float, rng: random.Random) -> str:
@@ -80,9 +80,9 @@ class RecipeSettings:
     # random seed of renders, initial weights and training steps, from 0 to 2^32 - 1
     seed: int = 0
     ema: float = 0.999  # decay per step of the average of the weights, from 0 to below 1
-    late: float = 0.35  # share, from 0 to 1, of timesteps 750 to 999, which teach the view
+    late: float = 0.1  # share, from 0 to 1, of timesteps 750 to 999, which teach the view
     singles: float = 0.6  # share, from 0 to 1, of images drawn from those of single shapes
-    fronts: float = 0.5  # share, from 0 to 1, of the latter drawn from shapes with a front
+    fronts: float = 0.5  # share, from 0 to 1, of the latter drawn from views of a front
     images: int = 160_000  # renders, a multiple of 4, from 4 to 10^8
     decoder_steps: int = 3000  # training steps of the decoder of latents, from 1 to 10^8
     start: Path | None = None  # a tiny-sd folder whose weights training starts from
@@ -211,11 +211,18 @@ def tiny_optimizer(net: nn.ModuleDict, lr: float) -> Muon:
 
 # %% ../../nbs/82_recipes/20_tiny_sd_training.ipynb #de81734f
 @lru_cache(maxsize=1 << 16)
-def caption_kind(caption: str) -> Literal["pair", "front", "plain"]:
-    "A pair of shapes, a single one with a front, or another single one."
+def has_front(caption: str) -> bool:
+    "Whether the object of a caption has a front."
+    return without_front(object_of(caption)) is not None
+
+
+def render_kind(note: RenderNote, views: int = 1) -> Literal["pair", "front", "plain"]:
+    "A pair of shapes, a single one whose front is within 60 degrees of a view, or another one."
+    caption, azimuth, _ = note
     if " on " in caption:
         return "pair"
-    return "front" if without_front(object_of(caption)) else "plain"
+    shown = views > 1 or math.cos(math.radians(azimuth)) >= 0.5
+    return "front" if shown and has_front(caption) else "plain"
 
 
 class TinyTraining:
@@ -234,7 +241,8 @@ class TinyTraining:
         self.optimizer = tiny_optimizer(self.net, settings.lr)
         self.rows: dict[str, list[int]] = {}
         for row in range(0, len(renders), settings.views):
-            self.rows.setdefault(caption_kind(renders.notes[row][0]), []).append(row)
+            kind = render_kind(renders.notes[row], settings.views)
+            self.rows.setdefault(kind, []).append(row)
 
     def draw_row(self, rng: random.Random) -> int:
         "An image, or the first one of an object's views."

@@ -17,7 +17,7 @@ from ..distill.distill_settings import DistillSettings
 from ..release.import_weights import Imported, import_weights
 from .checkpoints import save_checkpoint
 from .corpora import CorpusSettings
-from .presets import paper
+from .presets import mg15_hyper_ingp
 from .run import Run, build
 from .run_folder import check_run_folder, start_folder
 from .run_prompts import training_prompts
@@ -32,7 +32,7 @@ def import_settings(
     corpus_settings: CorpusSettings = CorpusSettings(),  # how the corpus is read
 ) -> TrainSettings:
     "The settings of the run folder that imported weights get."
-    start = paper()
+    start = mg15_hyper_ingp()
     render = replace(start.render, normals="none")
     if found.beta is None:
         render = replace(render, quadrature="exact")

@@ -23,13 +23,14 @@ from ..core.settings import RunError, UsageError, flat_settings, shorten
 from ..core.tensors import machine, peak_memory_gb
 from .checkpoints import checkpoint_steps
 from .corpora import Prompt, read_manifest, write_manifest
+from .earlier_settings import read_settings
 from .run import Run
 from .run_logs import append_row
 from .run_texts import fit_memory
 from .step_renders import RENDERS_FILE
 from .stored_texts import TEXTS_FILE, store_texts
 from .tracker_kinds import TRACK_FOLDER
-from .train_settings import TrainSettings, read_settings
+from .train_settings import TrainSettings
 
 # %% ../../nbs/70_training/45_run_folder.ipynb #9945c45e
 _NAMED = ("tiny-sd", "tiny-mv", "mixture")  # priors that are no paths

@@ -26,7 +26,7 @@ from .corpora import Prompt
 from .prompt_order import step_prompts
 from .run import Run
 from .run_texts import RunTexts
-from .train_settings import TrainSettings
+from .train_settings import TrainSettings, resolution_at
 
 # %% ../../nbs/70_training/38_step_batch.ipynb #584182da
 @dataclass(frozen=True, eq=False)
@@ -69,7 +69,7 @@ def sample_batch(
     noise: int = 0,  # numbers per prompt that the generator reads in addition to the text
 ) -> Batch:
     "The batch of a step, out of all training prompts."
-    b, v, size = settings.prompts_per_step, settings.views_per_prompt, settings.resolution
+    b, v, size = settings.prompts_per_step, settings.views_per_prompt, resolution_at(settings, step)
     rows = step_prompts(settings.seed, step, b, len(prompts), settings.prompt_sampling)
     cameras = sample_cameras(settings.cameras, b, v, rng)
     rays = camera_rays(cameras, size, size).to(settings.device)

@@ -21,6 +21,6 @@ srun bash -c 'exec accelerate launch --multi_gpu \
     --num_processes $((GPUS * SLURM_NNODES)) --num_machines "$SLURM_NNODES" \
     --machine_rank "$SLURM_NODEID" --main_process_ip "$HEAD" --main_process_port 29500 \
     --mixed_precision no --dynamo_backend no \
-    -m scaledreamer train --preset paper --corpus prompts.txt --generator conv3d-paper-2 \
-    --prior OWNER/NAME --device cuda --prompts-per-step 192 --steps 12500 \
+    -m scaledreamer train --preset paper/cp100k-conv3d --corpus prompts.txt \
+    --prior OWNER/NAME --device cuda --prompts-per-step 192 --optim.accumulate 1 --steps 12500 \
     --eval-views 0 --out runs/100k --resume'
