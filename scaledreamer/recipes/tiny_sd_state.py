@@ -10,6 +10,7 @@ import json
 import math
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -69,10 +70,22 @@ def _read_about(folder: Path) -> dict[str, Any]:
     return about
 
 
-def _check_settings(folder: Path, given: RecipeSettings, saved: Mapping[str, Any]) -> None:
-    "Raises `UsageError` where settings differ."
-    now = json.loads(to_json(given))
-    changed = [name for name in now if name not in _FREE and now[name] != saved.get(name)]
+def _same_so_far(given: RecipeSettings, steps: Any, done: int) -> bool:
+    "Whether a training of `steps` steps had the same learning rates in the steps that are done."
+    if type(steps) is not int or not 1 <= steps <= 10**8:
+        return False
+    last = max(done - 1, 0)
+    return replace(given, steps=steps).lr_at(last) == given.lr_at(last)
+
+
+def _check_settings(
+    folder: Path, given: RecipeSettings, saved: Mapping[str, Any], done: int
+) -> None:
+    "Raises `UsageError` where settings differ that decide the `done` steps, or those to come."
+    now, free = json.loads(to_json(given)), _FREE
+    if _same_so_far(given, saved.get("steps"), done):
+        free += ("steps",)
+    changed = [name for name in now if name not in free and now[name] != saved.get(name)]
     if changed:
         raise UsageError(
             f"{shown_path(folder)} has a training whose {', '.join(changed)} differ: repeat its "
@@ -94,8 +107,8 @@ def load_training(tiny: TinyTraining, folder: Path) -> None:
     """Restore what `save_training` wrote. Raises `UsageError` if it had other settings, and
     `RunError` for a damaged state, from which nothing is loaded."""
     about = _read_about(folder)
-    _check_settings(folder, tiny.settings, about["settings"])
     tensors, step = _read_tensors(folder, about["step"])
+    _check_settings(folder, tiny.settings, about["settings"], step)
     states = {k: v for k, v in tensors.items() if k.startswith("optimizer.")}
     weights = {k: v for k, v in tensors.items() if k not in states}
     different = tensor_difference(weights, _weights(tiny))
