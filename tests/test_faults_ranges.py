@@ -33,6 +33,7 @@ NEEDED = {  # arguments without which a command does nothing
     "make-prior": ["--out", "none"],
     "corpus": ["toybox-15"],
     "import-weights": ["none.ckpt", "--out", "none"],
+    "experiment": ["none"],
     "lab": ["--no-browser"],
 }
 ODD = (

@@ -52,8 +52,10 @@ class Train:
     resume: bool = False
     # folder of a run whose settings are the defaults of the other options, in place of a preset's
     config: Path | None = None
-    # preset whose settings are the defaults of the other options
-    preset: PresetName = "toybox"
+    # preset whose settings are the defaults of the other options: toybox, triplane or, with paper/
+    # before it, mg15-hyper-ingp, at2520-conv3d, df415-conv3d, cp100k-conv3d, dl17k-triplane-mv,
+    # dl17k-triplane-mv-1gpu, single-prompt-sd or single-prompt-mv
+    preset: Annotated[PresetName, tyro.conf.arg(metavar="NAME")] = "toybox"
     # CLIP model of the evaluation: open_clip folder, NAME:PRETRAINED or tiny-clip; several times:
     # several models. None given: tiny-clip for a prior of Toybox, otherwise ViT-L-14:openai if it
     # was downloaded before

@@ -39,7 +39,7 @@ from ..prior.pipeline_parts import load_network
 from .tiny_sd import SCALING, WINDOW, Objective, make_scheduler
 from .tiny_sd import make_text_encoder, make_tokenizer, make_unet
 from ..toybox.captions import object_of
-from ..toybox.render_sets import RenderNote, RenderSet
+from ..toybox.render_sets import RenderSet
 
 # %% ../../nbs/82_recipes/20_tiny_sd_training.ipynb #54099719
 def training_caption(caption: str, azimuth: float, elevation: float, rng: random.Random) -> str:
@@ -216,7 +216,10 @@ def has_front(caption: str) -> bool:
     return without_front(object_of(caption)) is not None
 
 
-def render_kind(note: RenderNote, views: int = 1) -> Literal["pair", "front", "plain"]:
+def render_kind(
+    note: Sequence[str | float],  # of a `RenderSet`: caption, azimuth, elevation
+    views: int = 1,
+) -> Literal["pair", "front", "plain"]:
     "A pair of shapes, a single one whose front is within 60 degrees of a view, or another one."
     caption, azimuth, _ = note
     if " on " in caption:
