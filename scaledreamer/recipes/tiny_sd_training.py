@@ -227,7 +227,7 @@ def render_kind(
     shown = views > 1 or math.cos(math.radians(azimuth)) >= 0.5
     return "front" if shown and has_front(caption) else "plain"
 
-
+# %% ../../nbs/82_recipes/20_tiny_sd_training.ipynb #bbe574ec
 class TinyTraining:
     "Text encoder and U-Net, their optimiser and moving average; `step()` does one step."
 

@@ -89,7 +89,6 @@ class TrainSettings:
     def __post_init__(self) -> None:
         _check_settings(self)
 
-
 # %% ../../nbs/70_training/20_train_settings.ipynb #b368c96e
 ESTIMATOR_METHODS = ("vsd", "esd")  # the methods that train an estimator along
 
