@@ -99,6 +99,7 @@ def evaluate_result(run: Any, scorers: Sequence[Any], checked: bool, views: int)
 def planned(options: Train) -> str:
     "What the training would take, in lines. Raises `UsageError` for what could not be trained."
     from scaledreamer.core.processes import launched
+    from scaledreamer.training.memory_estimate import what_to_lower
     from scaledreamer.training.run_plan import plan_run, plan_text
 
     settings, folder = options.settings, options.folder
@@ -106,7 +107,7 @@ def planned(options: Train) -> str:
     with closing(launched(settings.device)) as world:
         if world.size > 1:
             raise UsageError(f"--dry-run in {world.size} processes: start it in one")
-        with memory_errors("give a smaller run"):
+        with memory_errors(what_to_lower(settings)):
             return plan_text(plan_run(settings, folder, options.resume))
 
 # %% ../../nbs/90_commands/34_train.ipynb #3862f265

@@ -72,7 +72,7 @@ def _read_about(folder: Path) -> dict[str, Any]:
 
 def _same_so_far(given: RecipeSettings, steps: Any, done: int) -> bool:
     "Whether a training of `steps` steps had the same learning rates in the steps that are done."
-    if type(steps) is not int or not 1 <= steps <= 10**8:
+    if type(steps) is not int or not 1 <= steps <= 10**8 or done > given.steps:
         return False
     last = max(done - 1, 0)
     return replace(given, steps=steps).lr_at(last) == given.lr_at(last)
