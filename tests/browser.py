@@ -34,8 +34,9 @@ SETTINGS = {
         "windowingMode": "none"
     },  # cells out of sight are in the page too
 }
-# not an error: plotly rejects the promise of an animation that a newer one replaces
-HARMLESS = ("undefined",)
+# no errors: plotly rejects the promise of an animation that a newer one replaces, and JupyterLab's
+# debugger loses its answer when a page is reloaded or a kernel shut down
+HARMLESS = ("undefined", "Could not restore the debugger state: Canceled future")
 PLOT = ".jp-OutputArea-output .js-plotly-plot"
 CURRENT = "window.jupyterapp.shell.currentWidget"
 CELLS = "() => window.jupyterapp?.shell?.currentWidget?.content?.model?.cells?.length > 0"
@@ -87,13 +88,15 @@ def watched(browser, folder: Path) -> Iterator:
     page = browser.new_page(viewport={"width": 1300, "height": 1100})
     page.set_default_timeout(60_000)
     page.errors = []
-    page.on(
-        "pageerror",
-        lambda error: page.errors.append(error.stack) if str(error) not in HARMLESS else None,
-    )
+
+    def note(text: str, details: str) -> None:
+        if not text.startswith(HARMLESS):
+            page.errors.append(details)
+
+    page.on("pageerror", lambda error: note(str(error), error.stack))
     page.on(
         "console",
-        lambda message: page.errors.append(message.text) if message.type == "error" else None,
+        lambda message: note(message.text, message.text) if message.type == "error" else None,
     )
     try:
         yield page
@@ -221,8 +224,13 @@ class Lab:
         self.address = wait_for(f"http://127.0.0.1:{port}", self.server, home / "server.log")
 
     def close(self) -> None:
+        "Stop the server; one that does not stop in time, as on a busy machine, is killed."
         self.server.terminate()
-        self.server.wait(20)
+        try:
+            self.server.wait(20)
+        except subprocess.TimeoutExpired:
+            self.server.kill()
+            self.server.wait()
 
     def place(self, source: Path | Sequence[str], name: str) -> None:
         "Put a notebook into the folder: a copy of a file, or one of these code cells."

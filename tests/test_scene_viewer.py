@@ -2,7 +2,6 @@
 JupyterLab in headless Chromium. Screenshots are in pytest's folder, whose path a failure prints."""
 
 import io
-import os
 import statistics
 import time
 from dataclasses import replace
@@ -126,18 +125,20 @@ def test_a_turned_camera_needs_neither_scene_nor_truth_of_before(run, show):
     torch.testing.assert_close(shown, expected, rtol=0, atol=0.5 / 255 + 1e-4)
 
 
-def test_a_picture_in_motion_takes_the_kernel_less_than_100_ms(run, traceable):
-    "Of processor time without checks of types, at 64 x 64 pixels with the truth; the median of 15."
-    source, took = RunScenes(run), []
+def test_a_picture_in_motion_costs_less_than_half_of_one_at_rest(run, traceable):
+    "Processor time without checks of types: 64 x 64 pixels beside 192 x 192, both with the truth."
+    source = RunScenes(run)
     source.refresh()
-    painter = ScenePainter(source)
-    for azimuth in range(15):
-        start = time.process_time()
-        pictures = paint(painter, SceneView(("a red car",), azimuth=float(azimuth)), 64)
-        assert [*map(encode_png, pictures.values())]
-        took.append(time.process_time() - start)
-    print(f"a picture in motion: {statistics.median(took) * 1000:.0f} ms of processor time")
-    assert statistics.median(took) < 0.1, took
+    painter, took = ScenePainter(source), {64: [], 192: []}
+    for azimuth in range(9):
+        for size, times in took.items():
+            start = time.process_time()
+            pictures = paint(painter, SceneView(("a red car",), azimuth=float(azimuth)), size)
+            assert [*map(encode_png, pictures.values())]
+            times.append(time.process_time() - start)
+    moving, resting = map(statistics.median, took.values())
+    print(f"processor time: {moving * 1000:.0f} ms in motion, {resting * 1000:.0f} ms at rest")
+    assert moving < resting / 2, took
 
 
 def test_linked_viewers_turn_together(run, show):
@@ -306,8 +307,8 @@ def wait_for_rest(page, size: int = 192) -> None:
     page.wait_for_function(f"(size) => {VIEW}.canvases?.[0].width === size", arg=size)
 
 
-def drag(page, seconds: float, steps: int = 40) -> float:
-    "Drag the picture to and fro; pictures per second that were drawn meanwhile."
+def drag(page, seconds: float, steps: int = 40) -> int:
+    "Drag the picture to and fro; the number of pictures that were drawn meanwhile."
     box = page.locator(".scaledreamer-scene canvas").first.bounding_box()
     x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
     page.mouse.move(x, y)
@@ -318,26 +319,33 @@ def drag(page, seconds: float, steps: int = 40) -> float:
         page.mouse.move(x + 100 * abs((i / steps) % 2 - 1) - 50, y + i % 8)
         page.wait_for_timeout(10)
     drawn = page.evaluate(f"() => {VIEW}.drawn") - before
-    took = time.monotonic() - start
     page.mouse.up()
-    return drawn / took
+    return drawn
 
 
-def wanted_rate(pictures: float = 10.0) -> float:
-    """Pictures per second of a machine whose processors are not shared with other work.
-
-    Kernel, page and test load two of them by about three; more is the load of others."""
-    load, processors = os.getloadavg()[0], os.cpu_count()
-    return pictures * min(1.0, 2 * processors / max(load, 1e-9))
+def painting(log, start: float, seconds: float) -> tuple[int, float]:
+    "How many pictures the kernel painted from a time on, and in which share of the time."
+    lines = [[*map(float, line.split())] for line in log.read_text().splitlines()]
+    parts = [min(end, start + seconds) - max(begin, start) for begin, end in lines]
+    return sum(x > 0 for x in parts), sum(max(x, 0.0) for x in parts) / seconds
 
 
 def test_a_scene_is_orbited_in_a_lab(lab, browser, tmp_path, run):
-    "Drag at ten pictures per second; keys, wheel, modes, prompts, a second output, a reload."
+    """Dragging draws what is painted, and painting takes most of the time, however fast the machine;
+    keys, wheel, modes, prompts, a second output, a reload."""
+    log = tmp_path / "painted.txt"
     cells = [
         f"""
+import time
 from scaledreamer.widgets.scene_viewer import SceneViewer
 from scaledreamer.core.settings import UsageError
-viewer = SceneViewer({str(run.folder)!r})
+class TimedViewer(SceneViewer):
+    def paint(self, view, size):
+        begin = time.time()
+        super().paint(view, size)
+        with open({str(log)!r}, "a") as log:
+            print(begin, time.time(), file=log)
+viewer = TimedViewer({str(run.folder)!r})
 embed = viewer.source.embed
 def known(text):
     if "elephant" in text:
@@ -350,15 +358,14 @@ viewer""",
     with lab.notebook(browser, tmp_path, cells) as page:
         wait_for_rest(page)
         page.evaluate(DRAG_START)
-        rates = []
-        for _ in range(8):  # a busy machine may need another round
-            rates.append(drag(page, 2.0))
-            if rates[-1] >= 10:
-                break
-        wanted = wanted_rate()
+        start, seconds = time.time(), 5.0
+        drawn = drag(page, seconds)
+        painted, share = painting(log, start, seconds)
         page.screenshot(path=tmp_path / "dragged.png")
         sizes = page.evaluate("() => window.pictures")
-        print(f"pictures per second in a drag: {[round(x, 1) for x in rates]} of {wanted:.1f}")
+        print(f"in a drag: {drawn / seconds:.1f} of {painted / seconds:.1f} pictures per second")
+        print(f"painting takes {share:.2f} of the time")
+        assert drawn >= 0.8 * painted and share > 0.5, (drawn, painted, share)
         wait_for_rest(page)
         assert set(sizes) <= {32, 40, 48, 56, 64, 192}
 
@@ -413,7 +420,6 @@ viewer""",
         page.screenshot(path=tmp_path / "no_kernel.png")
         assert all("model not found" in error for error in page.errors), page.errors
         page.errors.clear()
-        assert rates[-1] >= min(wanted, 10), rates
 
 
 def test_the_slider_and_a_linked_viewer_in_a_lab(lab, browser, tmp_path, run):
