@@ -331,7 +331,7 @@ def painting(log, start: float, seconds: float) -> tuple[int, float]:
 
 
 def test_a_scene_is_orbited_in_a_lab(lab, browser, tmp_path, run):
-    """Dragging draws what is painted, and painting takes most of the time, however fast the machine;
+    """Dragging draws what is painted, and painting takes most of the time, on any machine;
     keys, wheel, modes, prompts, a second output, a reload."""
     log = tmp_path / "painted.txt"
     cells = [

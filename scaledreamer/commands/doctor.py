@@ -74,7 +74,7 @@ class Doctor:
         gpu = torch.cuda.get_device_name() if cuda else "none; everything runs on the CPU"
         print(f"CUDA: {gpu}")
         print("\n".join(kernels()))
-        found = {name: complete(asset(name)) for name in ("tiny-sd", "tiny-clip")}
+        found = {name: complete(asset(name)) for name in ("tiny-sd", "tiny-mv", "tiny-clip")}
         remedy = "install the package again, or make them with scaledreamer make-prior"
         for name, there in found.items():
             print(f"weights {name}: {'found' if there else f'missing or damaged; {remedy}'}")

@@ -74,7 +74,7 @@ class RecipeSettings:
 
     # what the U-Net predicts: v, the noise, or the velocity from image to noise (flow matching)
     objective: Objective = "v"
-    steps: int = 32_000  # optimiser steps, from 1 to 10^8
+    steps: int = 6000  # optimiser steps, from 1 to 10^8
     batch: int = 64  # images per step, from 1 to 4096
     lr: float = 3e-3  # highest learning rate, above 0 and up to 10
     # random seed of renders, initial weights and training steps, from 0 to 2^32 - 1
@@ -83,11 +83,11 @@ class RecipeSettings:
     late: float = 0.1  # share, from 0 to 1, of timesteps 750 to 999, which teach the view
     singles: float = 0.6  # share, from 0 to 1, of images drawn from those of single shapes
     fronts: float = 0.5  # share, from 0 to 1, of the latter drawn from views of a front
-    images: int = 160_000  # renders, a multiple of 4, from 4 to 10^8
-    decoder_steps: int = 3000  # training steps of the decoder of latents, from 1 to 10^8
+    images: int = 80_000  # renders, a multiple of 4, from 4 to 10^8
+    decoder_steps: int = 1500  # training steps of the decoder of latents, from 1 to 10^8
     start: Path | None = None  # a tiny-sd folder whose weights training starts from
     save_every: int = 300  # steps between checkpoints, from 1 to 10^8
-    sample_every: int = 2000  # steps between pictures of samples, from 1 to 10^8
+    sample_every: int = 1000  # steps between pictures of samples, from 1 to 10^8
     views: int = 1  # that the U-Net sees at once, from 1 to 4: 1, or 4 with their cameras
     device: str = "cpu"  # as torch names it, such as cuda
 
