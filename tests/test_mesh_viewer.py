@@ -313,7 +313,9 @@ def test_the_gallery_in_a_lab(lab, browser, tmp_path):
         page.wait_for_function(DRAWN)
         mug = panel(page, 1)
         assert difference(mug, mesh_picture(true_mesh("a green mug"), size=210)) < 1.5
-        page.locator(".widget-dropdown select").select_option("a pink head · IoU 0.80")
+        prompts = page.locator(".widget-dropdown option").all_text_contents()  # no-break spaces
+        (head,) = (i for i, text in enumerate(prompts) if "pink\xa0head" in text)
+        page.locator(".widget-dropdown select").select_option(index=head)
         page.wait_for_timeout(1000)
         assert difference(panel(page, 1), mesh_picture(true_mesh("a pink head"), size=210)) < 1.5
         page.screenshot(path=tmp_path / "head.png")
