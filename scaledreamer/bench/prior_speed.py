@@ -36,8 +36,12 @@ def through(prior: Prior, x_t: Tensor, t: Tensor, tokens: Tensor) -> Results:
 
 @torch.no_grad()
 def bare(prior: StableDiffusionPrior, x_t: Tensor, t: Tensor, tokens: Tensor) -> Results:
-    "Noise predicted by its U-Net alone."
-    return {"noise": prior.unet(x_t, t, encoder_hidden_states=tokens).sample}
+    "Noise predicted by its U-Net alone; a prediction of v is converted."
+    output = prior.unet(x_t, t, encoder_hidden_states=tokens).sample
+    if prior.prediction_type == "v_prediction":
+        abar = prior.schedule.alphas_cumprod.to(x_t)[t].view(-1, 1, 1, 1)
+        output = abar.sqrt() * output + (1 - abar).sqrt() * x_t
+    return {"noise": output}
 
 # %% ../../nbs/85_bench/70_prior_speed.ipynb #48964d8b
 @torch.no_grad()
