@@ -138,7 +138,7 @@ def test_a_picture_in_motion_costs_less_than_half_of_one_at_rest(run, traceable)
             times.append(time.process_time() - start)
     moving, resting = map(statistics.median, took.values())
     print(f"processor time: {moving * 1000:.0f} ms in motion, {resting * 1000:.0f} ms at rest")
-    assert moving < resting / 2, took
+    assert moving < resting / 2, took  # a ninth of the pixels, and costs that do not shrink
 
 
 def test_linked_viewers_turn_together(run, show):
@@ -365,6 +365,7 @@ viewer""",
         sizes = page.evaluate("() => window.pictures")
         print(f"in a drag: {drawn / seconds:.1f} of {painted / seconds:.1f} pictures per second")
         print(f"painting takes {share:.2f} of the time")
+        # the page may join two pictures in one frame; moves and encoding take the rest of the time
         assert drawn >= 0.8 * painted and share > 0.5, (drawn, painted, share)
         wait_for_rest(page)
         assert set(sizes) <= {32, 40, 48, 56, 64, 192}

@@ -39,8 +39,7 @@ def bare(prior: StableDiffusionPrior, x_t: Tensor, t: Tensor, tokens: Tensor) ->
     "Noise predicted by its U-Net alone; a prediction of v is converted."
     output = prior.unet(x_t, t, encoder_hidden_states=tokens).sample
     if prior.prediction_type == "v_prediction":
-        abar = prior.schedule.alphas_cumprod.to(x_t)[t].view(-1, 1, 1, 1)
-        output = abar.sqrt() * output + (1 - abar).sqrt() * x_t
+        output = prior.schedule.eps_from_v(x_t, output, t)
     return {"noise": output}
 
 # %% ../../nbs/85_bench/70_prior_speed.ipynb #48964d8b
