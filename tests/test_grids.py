@@ -9,7 +9,7 @@ import time
 import pytest
 
 from scaledreamer.core.settings import UsageError
-from scaledreamer.grids.experiments import fronts, run_grid
+from scaledreamer.grids.experiments import EXPERIMENTS, run_grid
 from scaledreamer.grids.grid import Grid, seed_axis
 from scaledreamer.grids.commands import read_outcome
 from scaledreamer.grids.results import read_grid_results, results_table
@@ -84,11 +84,12 @@ def test_a_failed_training_says_why_and_is_tried_again(tmp_path):
 
 
 @pytest.mark.parametrize("quick", [False, True])
-def test_the_options_of_named_grids_are_those_of_train(quick):
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_the_options_of_named_grids_are_those_of_train(name, quick):
     from scaledreamer.commands.cli import parse
     from scaledreamer.grids.grid import option_words
 
-    for training in fronts().trainings(quick):
+    for training in EXPERIMENTS[name]().trainings(quick):
         command = parse(["train", *option_words(training.options)])
         assert command.settings.seed == int(training.labels["seed"])
         assert command.settings != PRESETS["toybox"]()

@@ -8,18 +8,23 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from scipy import stats
 
 from scaledreamer.core.settings import UsageError
 from scaledreamer.core.statistics import (
     bootstrap_difference,
     difference_text,
+    equivalence_p,
     estimate,
+    holm,
     share_interval,
     proportion_text,
     t_half_width,
 )
 from scaledreamer.distill.conditioning import make_conditioning
+from scaledreamer.distill.distill_settings import DistillSettings
 from scaledreamer.distill.gradient import sds_weight, uniform_weight
 from scaledreamer.distill.methods import asd, csd, sds
 from scaledreamer.distill.shift import RangedShift, constant_shift, deterministic_shift
@@ -31,6 +36,7 @@ from scaledreamer.distill.shift_identity import (
     shift_weights,
 )
 from scaledreamer.distill.timesteps import annealed_window, sample_timesteps
+from scaledreamer.distill.twins import asd_twin, sds_twin
 from scaledreamer.noise_error.error import ErrorCurve
 from scaledreamer.prior.schedule import scaled_linear
 from scaledreamer.toy.measures import energy_distance
@@ -237,6 +243,57 @@ def test_the_matching_guidance_of_sds_by_window_and_shift():
     for window in ((-1, 5), (5, 4), (0, 1000)):
         with pytest.raises(UsageError, match="expected 0 <= smallest <= largest <= 999"):
             shift_probabilities(random_shift(0.1), window)
+
+
+@settings(max_examples=5, deadline=None)
+@given(
+    st.floats(1.1, 10),
+    st.floats(0.01, 100),
+    st.floats(0.01, 0.9),
+    st.floats(0.01, 0.9),
+    st.sampled_from(["random", "deterministic"]),
+)
+def test_twins_of_one_setting_are_twins_of_each_other(guidance, weight, eta, other, shift):
+    schedule = scaled_linear()
+    one = DistillSettings(guidance=guidance, weight=weight, eta=eta)
+    two = asd_twin(one, schedule, eta=other, shift=shift)
+    first, second = (sds_twin(x, schedule) for x in (one, two))
+    assert math.isclose(first.guidance, second.guidance, rel_tol=1e-9)
+    assert math.isclose(first.weight, second.weight, rel_tol=1e-9)
+    back = asd_twin(two, schedule, eta=eta, shift="random")
+    assert math.isclose(back.guidance, guidance, rel_tol=1e-9)
+    assert math.isclose(back.weight, weight, rel_tol=1e-9)
+    # the part along CSD has the same size in all of them
+    for twin in (one, two):
+        assert math.isclose(
+            (twin.guidance - 1) * twin.weight, (first.guidance - 1) * first.weight, rel_tol=1e-9
+        )
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.floats(-0.1, 0.1), min_size=2, max_size=12), st.floats(0.001, 0.1))
+def test_equivalence_is_the_larger_of_two_one_sided_tests(differences, margin):
+    d = np.array(differences)
+    if d.std(ddof=1) < 1e-6:
+        return
+    sides = [
+        stats.ttest_1samp(d, -margin, alternative="greater").pvalue,
+        stats.ttest_1samp(d, margin, alternative="less").pvalue,
+    ]
+    assert math.isclose(equivalence_p(d, 0 * d, margin), max(sides), rel_tol=1e-6, abs_tol=1e-12)
+
+
+def test_holm_claims_what_its_definition_claims():
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        p = rng.uniform(size=5) ** 3
+        adjusted, order = holm(p.tolist()), np.argsort(p)
+        claimed = []
+        for rank, i in enumerate(order):  # stop at the first that is not below its bound
+            if p[i] > 0.05 / (5 - rank):
+                break
+            claimed.append(i)
+        assert {i for i, value in enumerate(adjusted) if value <= 0.05} == set(claimed)
 
 
 def test_no_experiment_divides_by_the_number_of_runs():

@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 NBS = ROOT / "nbs"
 INDEX, MAP, README = NBS / "index.ipynb", NBS / "map.ipynb", ROOT / "README.md"
 SETTINGS, SERVER = ROOT / "settings.ini", ROOT / "requirements-server.txt"
-FRONTS = ("start.ipynb", "tour.ipynb", "gallery.ipynb", "numbers.ipynb")
+FRONTS = ("start.ipynb", "tour.ipynb", "gallery.ipynb", "findings.ipynb", "numbers.ipynb")
 ROOMS = re.compile(r"(<!-- rooms: [^>]*-->\n).*?(<!-- end of rooms -->)", re.DOTALL)
 LINK = re.compile(r"""(\]\(|\b(?:src|href)=")(?![a-z]+:|#|/)([^)"\s]+)""")
 

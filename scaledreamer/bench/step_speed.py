@@ -110,8 +110,8 @@ def bench_step(device: str = "cpu", quick: bool = False) -> list[dict[str, Any]]
 
 # %% ../../nbs/85_bench/90_step_speed.ipynb #add6a563
 def corpus_scaling(device: str = "cpu", quick: bool = False) -> list[dict[str, Any]]:
-    "A training step of a run on 800 prompts against one of a run on 15."
-    corpora = "toybox-800", "toybox-15"
+    "A training step of a run on 100,000 prompts against one of a run on 15."
+    corpora = "toybox-800" if quick else "toybox-100k", "toybox-15"
     many, few = (Steps(start(device, quick, corpus=corpus)) for corpus in corpora)
     about = {
         "prompts": len(many.run.train_prompts),

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['check_level', 't_half_width', 'Estimate', 'estimate', 'share_interval', 'proportion_text', 'bootstrap_difference',
-           'difference_text']
+           'difference_text', 'equivalence_p', 'holm']
 
 # %% ../../nbs/10_core/85_statistics.ipynb #2b31dbd5
 import math
@@ -120,3 +120,25 @@ def difference_text(one: ArrayLike, other: ArrayLike, digits: int = 3) -> str:
     "As in a table: the mean of one - other and its interval, with signs."
     mean, low, high = bootstrap_difference(one, other)
     return f"{mean:+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}]"
+
+# %% ../../nbs/10_core/85_statistics.ipynb #6a466abc
+def equivalence_p(one: ArrayLike, other: ArrayLike, margin: float) -> float:  # [runs], paired
+    "The p-value of TOST, by Student's distribution: small if the means differ by less than margin."
+    from scipy.special import stdtr
+
+    d = _finite(one, "a paired comparison") - _finite(other, "a paired comparison")
+    if d.ndim != 1 or len(d) < 2 or margin <= 0:
+        raise UsageError(
+            f"runs {list(d.shape)}, margin {margin}: expected at least 2 runs, a margin above 0"
+        )
+    error = max(d.std(ddof=1) / math.sqrt(len(d)), 1e-300)
+    return float(stdtr(len(d) - 1, -(margin - abs(d.mean())) / error))
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    "p-values adjusted for their number by Holm's step-down, in the given order."
+    order, adjusted, highest = np.argsort(p_values), [0.0] * len(p_values), 0.0
+    for rank, i in enumerate(order):
+        highest = max(highest, min(1.0, (len(p_values) - rank) * p_values[i]))
+        adjusted[i] = highest
+    return adjusted

@@ -11,11 +11,12 @@ import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import product
+from typing import Any
 
 from ..core.settings import UsageError
 
 # %% ../../nbs/87_grids/10_grid.ipynb #eb4af6a3
-Options = Mapping[str, str | int | float | Sequence[str]]
+Options = Mapping[str, str | int | float | Sequence[str] | Sequence[float]]
 
 
 def option_words(options: Options) -> list[str]:
@@ -70,7 +71,7 @@ class Grid:
         return found
 
 
-def _joined(*parts: Options) -> dict[str, str | int | float | Sequence[str]]:
+def _joined(*parts: Options) -> dict[str, Any]:
     joined = {}
     for part in parts:
         if both := joined.keys() & part.keys():

@@ -23,6 +23,7 @@ from ..noise_error.error import ErrorCurve
 from ..noise_error.solved_shift import crossing
 from ..distill.shift import RangedShift, ShiftSchedule, deterministic_shift, random_shift
 from ..distill.shift import shift_by, sqrt_shift
+from ..distill.twins import twin_in_words
 from ..prior.base import Prior
 
 # %% ../../nbs/81_widgets/20_curve_exploration.ipynb #c9f5d807
@@ -32,7 +33,7 @@ X0 = Callable[[str, int], Float[Tensor, "3 h w"]]  # of a text and a timestep, i
 CURVE_WORDS = (  # what a figure of a pair means
     "e_PT, e_FT: mean squared error of the noise that the pre-trained and the fine-tuned prior "
     "predict; the match of t₀ is the t₀ + Δt with e_PT(t₀ + Δt) = e_FT(t₀); η sets the length of "
-    "the shift."
+    "the shift, and so the guidance of the SDS that ASD is in expectation, up to a factor."
 )
 
 
@@ -167,6 +168,7 @@ class Shown:
     draws: Int[np.ndarray, " d"]  # t0 + dt of the shift schedule, ascending
     bars: Histogram  # of dt
     cut: tuple[float, int] | None = None  # the schedule's largest dt, and what it is cut to
+    twin: str = ""  # what ASD at 7.5 is in expectation; empty: unknown
 
     @property
     def middle(self) -> int:
@@ -187,7 +189,7 @@ class Shown:
             if self.match is not None:
                 where = f"at Δt = {self.match - self.t0:.0f}"
             match = f"e_PT falls to e_FT(t₀) = {self.level:.4f} {where}"
-        return f"t₀ = {self.t0}: the schedule draws {drawn}; {match}"
+        return f"t₀ = {self.t0}: the schedule draws {drawn}; {match}{self.twin and '; '}{self.twin}"
 
 # %% ../../nbs/81_widgets/20_curve_exploration.ipynb #c6b61b73
 def histogram(dt: Int[np.ndarray, " d"]) -> Histogram:
@@ -232,4 +234,5 @@ def explore(
         match = found if np.isfinite(found) else None
     shifted = draw(torch.full((draws,), t0), t_min, last, rng).sort().values.numpy()
     cut = _cut(draw, t0, t_min, last)
-    return Shown(t0, level, match, shifted, histogram(shifted - t0), cut)
+    twin = twin_in_words(shift_schedule, eta, t_min)
+    return Shown(t0, level, match, shifted, histogram(shifted - t0), cut, twin)
