@@ -33,6 +33,7 @@ from scaledreamer.toy.measures import (
     source_error,
     mode_width_ratio,
 )
+from scaledreamer.toy.source_match import match_source
 from scaledreamer.toy.points import Modes, exact_vsd, modes_of, moons, ring, true_source, uneven
 from scaledreamer.toy.lockstep_strips import norm_curves, strip
 from scaledreamer.toy.study import plot_final, plot_study, run_images, run_points, save_study
@@ -133,6 +134,40 @@ def test_exact_vsd_rests_on_the_targets_own_samples():
         asked.scores["exact"].gradient.square().mean()
         < 0.01 * asked.scores["sds"].gradient.square().mean()
     )
+
+
+@pytest.mark.parametrize("shape", [(2,), (3, 4, 4)])
+def test_distances_of_sources_by_hand(shape):
+    particles, shifts = draw(6, *shape, dtype=DOUBLE), torch.tensor([0, 60, 300])
+    prior = MixturePrior({"x": draw(4, *shape, seed=1, dtype=DOUBLE)}, std=0.3)
+    found = match_source(prior, "x", particles, 400, shifts, make_rng(2), noises=5)
+    noise = torch.randn(30, *shape, generator=make_rng(2), dtype=DOUBLE)
+    x, tokens = particles.repeat(5, *[1] * len(shape)), prior.encode_text(["x"] * 30).tokens
+    at = lambda u: (prior.schedule.add_noise(x, noise, torch.full((30,), u)), torch.full((30,), u))
+    source = true_source(particles, *at(400), prior.schedule)
+    others = [prior.predict_noise(*at(400 + int(dt)), tokens) for dt in shifts]
+    apart = [(source - other).unflatten(0, (5, 6)) for other in [*others, noise]]
+    per_draw = [d.square().mean().item() for d in apart]
+    pairs = [(i, j) for i in range(5) for j in range(5) if i != j]  # different noises: no bias
+    of_means = [sum((d[i] * d[j]).mean().item() for i, j in pairs) / 20 for d in apart]
+    errors = [(other - noise).square().mean().item() for other in others]
+    assert [*found.distance.tolist(), found.true_error] == pytest.approx(per_draw, rel=1e-9)
+    assert [*found.of_means.tolist(), found.noise_of_means] == pytest.approx(of_means, abs=1e-12)
+    assert found.error.tolist() == pytest.approx(errors, rel=1e-9)
+
+
+def test_the_source_of_the_particles_own_prior_needs_no_shift():
+    particles = draw(20, 2, dtype=DOUBLE)
+    own = MixturePrior({"x": particles}, std=0.0)
+    found = match_source(own, "x", particles, 300, torch.tensor([0, 50]), make_rng(0))
+    assert found.distance[0] < 1e-20 < found.distance[1]
+    assert (found.nearest, found.nearest_mean, found.equal_error) == (0, 0, 0)
+
+
+@pytest.mark.parametrize("shifts, noises", [([-1], 4), ([0, 700], 4), ([0], 1)])
+def test_shifts_off_the_schedule(shifts, noises):
+    with pytest.raises(UsageError, match="timesteps from t to 999"):
+        match_source(WORLD, "ring", draw(5, 2), 300, torch.tensor(shifts), make_rng(0), noises)
 
 
 def test_shifted_particles_go_back():
