@@ -91,6 +91,25 @@ def test_an_interrupt_saves_and_resumes_exactly(run, settings, tmp_path):
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("name", ["hyper-ingp-spectral", "conv3d-gain-1"])
+def test_variants_of_generators_resume_exactly(settings, name, tmp_path):
+    "Spectral normalisation has a state of its own, which every step changes."
+    own = replace(settings, generator=name)
+    run_training(tmp_path / "whole", own, show=False)
+
+    def interrupt(step, metrics):
+        if step == 2:
+            signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        run_training(tmp_path / "cut", own, on_step=interrupt, show=False)
+    run_training(tmp_path / "cut", own, resume=True, show=False)
+    states = [open_run(tmp_path / folder).generator.state_dict() for folder in ("whole", "cut")]
+    assert any(key.endswith("_u") for key in states[0]) == ("spectral" in name)
+    for key, value in states[0].items():
+        assert torch.equal(value, states[1][key]), key
+
+
 def test_a_gradient_that_is_not_finite_costs_no_checkpoint(settings, tmp_path, monkeypatch):
     "A finite loss can have a gradient that is not finite: it changes no weight and no checkpoint."
 

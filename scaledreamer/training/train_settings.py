@@ -57,7 +57,8 @@ class TrainSettings:
     corpus_settings: Annotated[CorpusSettings, tyro.conf.arg(name="")] = CorpusSettings()
     # prompts themselves, in place of a corpus: --prompt "a red car" "a blue house"
     prompt: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
-    # hyper-ingp, conv3d, triplane or ingp, their -paper sizes, conv3d-paper-2 or ingp-density
+    # hyper-ingp, conv3d, triplane or ingp, their -paper sizes, conv3d-paper-2, hyper-ingp-spectral
+    # (with spectral normalisation), conv3d-gain-1 (features and rate as released) or ingp-density
     generator: str = "hyper-ingp"
     method: str = "asd"  # sds, csd, vsd, asd, nfsd, bridge, sdi, ism, esd, rfds or pfd
     steps: int = 3000  # number of optimiser steps, from 1 to 10^8
@@ -196,7 +197,11 @@ GENERATORS: dict[str, MakeGenerator] = {
     "hyper-ingp-paper": lambda width: HyperINGP(
         replace(HyperINGPSettings.paper(), text_width=width), background=release_background(width)
     ),
+    "hyper-ingp-spectral": lambda width: HyperINGP(
+        HyperINGPSettings(text_width=width, spectral_norm=True)
+    ),
     "conv3d": lambda width: Conv3D(Conv3DSettings(text_width=width)),
+    "conv3d-gain-1": lambda width: Conv3D(Conv3DSettings(text_width=width, gain=1.0, lr_scale=1.0)),
     "conv3d-paper": lambda width: Conv3D(
         replace(Conv3DSettings.paper(), text_width=width), background=EnvironmentMap()
     ),
