@@ -42,7 +42,7 @@ from scaledreamer.core.files import read_text_file
 from scaledreamer.core.settings import RunError
 from scaledreamer.core.tensors import seed_everything
 from scaledreamer.grids import commands as grid_commands
-from scaledreamer.grids.experiments import EXPERIMENTS
+from scaledreamer.grids.named_grids import EXPERIMENTS
 from scaledreamer.grids.grid import Grid, seed_axis
 from scaledreamer.noise_error.error import ErrorCurve
 from scaledreamer.prior.embedding_build import TextEncoding

@@ -9,7 +9,8 @@ import time
 import pytest
 
 from scaledreamer.core.settings import UsageError
-from scaledreamer.grids.experiments import EXPERIMENTS, run_grid
+from scaledreamer.grids.experiments import run_grid
+from scaledreamer.grids.named_grids import EXPERIMENTS
 from scaledreamer.grids.grid import Grid, seed_axis
 from scaledreamer.grids.commands import read_outcome
 from scaledreamer.grids.results import read_grid_results, results_table

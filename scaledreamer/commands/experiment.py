@@ -13,7 +13,8 @@ import tyro
 
 from .shared import check_place
 from ..core.settings import Interval, UsageError, check_ranges
-from ..grids.experiments import EXPERIMENTS, experiment
+from ..grids.experiments import experiment
+from ..grids.named_grids import EXPERIMENTS
 
 # %% ../../nbs/90_commands/25_experiment.ipynb #6371b1f8
 @dataclass(frozen=True)
