@@ -57,8 +57,7 @@ class TrainSettings:
     corpus_settings: Annotated[CorpusSettings, tyro.conf.arg(name="")] = CorpusSettings()
     # prompts themselves, in place of a corpus: --prompt "a red car" "a blue house"
     prompt: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
-    # hyper-ingp, conv3d, triplane or ingp, their -paper sizes, conv3d-paper-2, hyper-ingp-spectral
-    # (with spectral normalisation), conv3d-gain-1 (features and rate as released) or ingp-density
+    # hyper-ingp(-spectral), conv3d(-gain-1), triplane, ingp(-density), -paper sizes, conv3d-paper-2
     generator: str = "hyper-ingp"
     method: str = "asd"  # sds, csd, vsd, asd, nfsd, bridge, sdi, ism, esd, rfds or pfd
     steps: int = 3000  # number of optimiser steps, from 1 to 10^8
