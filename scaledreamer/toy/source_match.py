@@ -35,6 +35,7 @@ class SourceMatch:
 
     @property
     def nearest_mean(self) -> int:
+        "The index of the shift of the smallest distance of means."
         return int(self.of_means.argmin())
 
     @property

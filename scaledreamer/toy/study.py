@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Methods', 'Series', 'Measure', 'OnSeed', 'measure_run', 'run_seeds', 'study_of', 'save_study', 'PointMeasures',
-           'seed_settings', 'run_points', 'band', 'plot_study', 'plot_final', 'run_images']
+           'seed_settings', 'run_points', 'study_table', 'band', 'plot_study', 'plot_final', 'run_images']
 
 # %% ../../nbs/45_toy/70_study.ipynb #a74cdf08
 import base64
@@ -25,6 +25,7 @@ from ..core.figures import PALETTE, figure_style, image_grid
 from ..core.settings import UsageError
 from ..core.files import write_json_atomic
 from ..core.progress import progress_bar
+from ..core.statistics import estimate, proportion_text
 from ..core.tensors import make_rng, machine
 from ..distill.methods import Method
 from ..distill.shift import ShiftSchedule
@@ -180,6 +181,26 @@ def run_points(
 
     on_seed = lambda *found: keep(study(*found))
     return study(seeds, *run_seeds(make, measures.of_step, seeds, every, show, on_seed))
+
+# %% ../../nbs/45_toy/70_study.ipynb #04c76cbd
+def study_table(study: dict[str, Any], *metrics: str) -> str:
+    """A Markdown table of a study of points: seeds that keep all modes, and metrics at the end.
+
+    The last row is that of fresh data; n is the number of seeds that have a metric, if not all."""
+    ends = {name: method["end"] for name, method in study["methods"].items()}
+    count = len(study["seeds"])
+    rows = [
+        f"| {count} seeds | all modes | {' | '.join(metrics)} |",
+        "|---" * (len(metrics) + 2) + "|",
+    ]
+    for name, end in (ends | {"new data": study["fresh"]}).items():
+        cells = [proportion_text(sum(v == 1 for v in end["mode_coverage"]), count)]
+        for values in (end.get(metric, []) for metric in metrics):
+            found = [v for v in values if v is not None]
+            cells.append(estimate(found).text() if found else "")
+            cells[-1] += f", n = {len(found)}" if 1 < len(found) < len(values) else ""
+        rows.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(rows)
 
 # %% ../../nbs/45_toy/70_study.ipynb #0ba9d620
 def band(rows: list[list[float | None]]) -> tuple[np.ndarray, np.ndarray]:
