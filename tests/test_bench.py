@@ -18,6 +18,7 @@ from scaledreamer.bench.paired import PairedBenchmark, agree, compare, passes, q
 from scaledreamer.bench.render_speed import check_quality
 from scaledreamer.bench.step_speed import same_step
 from scaledreamer.bench.stopwatch import Stopwatch, split
+from scaledreamer.bench.time_to_quality import BARS, bar_row, seconds_until
 from scaledreamer.commands.bench import BENCHES
 from scaledreamer.commands.cli import run_command
 from scaledreamer.core.settings import RunError
@@ -36,6 +37,7 @@ NAMES = [
     "step-sd21",
     "batch-scaling",
     "corpus-scaling",
+    "quality",
     "roofline",
 ]
 
@@ -248,6 +250,20 @@ def test_other_images_and_other_steps_are_refused():
     for other in ({"t": 501.0}, {"opacity": 0.4}, {"opacity": math.nan}):
         with pytest.raises(RunError, match="these are not the same step"):
             same_step("step", lambda: step, lambda: step | other, 0.05)()
+
+
+def test_a_bar_that_one_seed_misses_has_no_largest_time():
+    bar = {"r_at_1": 0.99, "volume_iou": 0.75}
+    points = [(1.0, 1.0, 0.74), (2.0, 0.98, 0.75), (3.0, 0.99, 0.75), (4.0, 1.0, 0.7)]
+    curve = [{"seconds": s, "r_at_1": r, "volume_iou": iou} for s, r, iou in points]
+    assert [seconds_until(curve[:n], bar) for n in range(5)] == [None, None, None, 3.0, 3.0]
+    row = bar_row("x", bar, [curve, curve[1:], curve], [curve, curve, curve[:2]])
+    assert row["ours"] == {"median": 3.0, "low": 3.0, "high": 3.0}
+    assert row["baseline"] == {"median": 3.0, "low": 3.0, "high": None}
+    assert row["ratio"] == 1.0 and row["ratio_each_round"]["high"] is None
+    missed = bar_row("x", bar, [curve[:1]] * 3, [curve] * 3)
+    assert missed["ratio"] is None and missed["ours"]["median"] is None
+    assert all(bar["r_at_1"] == 0.99 for bar in BARS.values())
 
 
 # the command

@@ -22,14 +22,17 @@ from ..bench.prior_speed import bench_prior
 from ..bench.render_speed import bench_render
 from ..bench.roofline import bench_roofline
 from ..bench.step_speed import bench_step, bench_step_sd21, corpus_scaling
+from ..bench.time_to_quality import bench_quality
 from .shared import check_writable
 from ..core.files import write_json_atomic
 from ..core.settings import UsageError
 from ..core.tensors import best_device
 
 # %% ../../nbs/90_commands/30_bench.ipynb #a2738a29
-def show_seconds(value: float) -> str:
-    "A time in seconds or milliseconds."
+def show_seconds(value: float | None) -> str:
+    "A time in seconds or milliseconds; None is what was not reached."
+    if value is None:
+        return "not reached"
     return f"{value:.2f} s" if value >= 1 else f"{value * 1e3:.3g} ms"
 
 
@@ -37,10 +40,10 @@ def row_line(row: Mapping[str, Any], width: int) -> str:
     "One row of a result; its name takes `width` characters."
     each = row["ratio_each_round"]
     ours, baseline = (show_seconds(row[side]["median"]) for side in ("ours", "baseline"))
-    return (
-        f"{row['name']:<{width}}  ours {ours}, baseline {baseline} ({row['baseline_is']}): "
-        f"ratio {row['ratio']:.3g} [{each['low']:.3g} to {each['high']:.3g}]"
-    )
+    sides = f"{row['name']:<{width}}  ours {ours}, baseline {baseline} ({row['baseline_is']})"
+    if None in (row["ratio"], *each.values()):
+        return sides
+    return f"{sides}: ratio {row['ratio']:.3g} [{each['low']:.3g} to {each['high']:.3g}]"
 
 
 def detail_lines(row: Mapping[str, Any]) -> list[str]:
@@ -73,6 +76,7 @@ BENCHES: dict[str, Callable[[str, bool], list[dict[str, Any]]]] = {
     "step-sd21": bench_step_sd21,
     "batch-scaling": batch_scaling,
     "corpus-scaling": corpus_scaling,
+    "quality": bench_quality,
     "roofline": bench_roofline,
 }
 
