@@ -141,6 +141,7 @@ BUDGETS: Mapping[str, Options] = {
     "no sparsity": {"loss.sparsity": 0},
     "no opaque": {"loss.opaque": 0},
     "five samples per ray": {"render.samples": 5},
+    "prior in bfloat16": {"prior-settings.dtype": "bfloat16"},
 }
 
 
