@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['skimage_metrics', 'VIEW_ELEVATIONS', 'CIRCLE_ELEVATION', 'VIEW_AZIMUTHS', 'SURFACE_THRESHOLD', 'measured_views',
-           'over_white', 'colour_error', 'psnr', 'ssim', 'f_score', 'is_lost', 'likeness_between']
+           'over_white', 'colour_error', 'psnr', 'ssim', 'f_score', 'is_empty', 'likeness_between']
 
 # %% ../../nbs/75_eval/24_image_measures.ipynb #3ac16fb4
 from collections.abc import Sequence
@@ -84,7 +84,7 @@ def f_score(
     return 2 * precision * recall / (precision + recall) if precision + recall else 0.0
 
 # %% ../../nbs/75_eval/24_image_measures.ipynb #066f5df3
-def is_lost(opacity: Float[Tensor, "v 1 h w"], share: float = 0.005) -> bool:
+def is_empty(opacity: Float[Tensor, "v 1 h w"], share: float = 0.005) -> bool:
     "Whether every view is empty: opaque on at most this share of its pixels."
     return bool((opacity > 0.5).float().mean((1, 2, 3)).amax() <= share)
 
