@@ -31,10 +31,10 @@ class MethodDefaults:
 
 
 TOYBOX_DEFAULTS = {
-    "sds": MethodDefaults(5.0),
-    "csd": MethodDefaults(1.5),
+    "sds": MethodDefaults(5.0, 0.04),
+    "csd": MethodDefaults(1.0, 0.25),
     "vsd": MethodDefaults(1.5),
-    "asd": MethodDefaults(1.5),
+    "asd": MethodDefaults(1.15),
     "nfsd": MethodDefaults(1.5),
     "bridge": MethodDefaults(5.0),
     "sdi": MethodDefaults(1.5),

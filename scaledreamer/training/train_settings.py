@@ -60,7 +60,7 @@ class TrainSettings:
     # hyper-ingp(-spectral), conv3d(-gain-1), triplane, ingp(-density), -paper sizes, conv3d-paper-2
     generator: str = "hyper-ingp"
     method: str = "asd"  # sds, csd, vsd, asd, nfsd, bridge, sdi, ism, esd, rfds or pfd
-    steps: int = 3000  # number of optimiser steps, from 1 to 10^8
+    steps: int = 1500  # number of optimiser steps, from 1 to 10^8
     seed: int = 0  # seed of every random number of the run, from 0 to 2^32 - 1
     prompts_per_step: int = 4  # number of prompts in the batch of a step, from 1 to 4096
     prompt_sampling: Literal["epochs", "independent"] = "epochs"  # shuffled, or drawn per step
