@@ -132,8 +132,8 @@ def test_progress_without_a_terminal_is_whole_lines(tmp_path, capsys, monkeypatc
     logged(tmp_path)
     printed = capsys.readouterr()
     assert "\r" not in printed.err and "\r" not in printed.out
-    lines = [line for line in printed.err.splitlines() if line.startswith("asd")]
-    assert lines[0] == "asd: 0 of 3" and re.match(r"asd: 3 of 3, 0:\d\d, norm \d", lines[-1])
+    lines = [line for line in printed.err.splitlines() if line.startswith("sds")]
+    assert lines[0] == "sds: 0 of 3" and re.match(r"sds: 3 of 3, 0:\d\d, norm \d", lines[-1])
     assert printed.out.splitlines()[-1] == f"run: {tmp_path / 'run0'}"
 
 
@@ -217,7 +217,7 @@ def test_prompts_are_trained_resumed_and_opened(typed, texts, tmp_path, monkeypa
     command = ["train", *typed, "--steps", "1", *QUICK]
     folder = parse(command).folder
     name = "_".join(text.replace(" ", "-") for text in texts)
-    assert folder == Path(f"runs/{name}-ingp-asd-0")
+    assert folder == Path(f"runs/{name}-ingp-sds-0")
     if len(texts) == 1 or "--prompt=a blue house" in typed:
         assert run_command(command) == 0
         assert [prompt.text for prompt in open_run(folder).prompts] == texts

@@ -222,7 +222,7 @@ def test_accelerate_launches_the_command(tmp_path):
     done = subprocess.run(command, **options, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("run: run\n") == done.stdout.count("Sim ") == 1
-    assert done.stderr.count("asd: 2 of 2") == 1
+    assert done.stderr.count("sds: 2 of 2") == 1
 
 
 def test_train_takes_the_settings_of_a_run(tmp_path):

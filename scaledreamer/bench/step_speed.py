@@ -38,7 +38,7 @@ from ..training.corpora import load_corpus
 from ..training import step as training
 from ..training.step_update import generator_optimizer
 from ..training import step_batch
-from ..training.presets import mg15_hyper_ingp
+from ..training.presets import mg15_hyper_ingp, toybox
 from ..training.train_settings import TrainSettings, build_generator
 from ..training.run import Run, build
 
@@ -60,7 +60,7 @@ class Steps:
 def start(device: str, quick: bool, **changes: Any) -> Run:
     "A run at step 0; a small one where `quick`."
     small = {"prompts_per_step": 1, "resolution": 8} if quick else {}
-    settings = TrainSettings(device=device, **small, **changes)
+    settings = replace(toybox(), device=device, **small, **changes)
     return build(Path("unused"), settings, load_corpus(settings.corpus))
 
 # %% ../../nbs/85_bench/90_step_speed.ipynb #0742ff8f

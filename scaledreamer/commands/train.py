@@ -20,6 +20,7 @@ from ..core.memory import memory_errors
 from ..core.settings import Interval, UsageError, check_ranges
 from ..core.tensors import best_device
 from ..training.run_prompts import corpus_name
+from ..training.presets import toybox
 from ..training.train_settings import TrainSettings
 
 # %% ../../nbs/90_commands/34_train.ipynb #c5f7fb85
@@ -41,9 +42,7 @@ PresetName = Literal[
 class Train:
     "Train a text-to-3D generator by score distillation, then evaluate it."
 
-    settings: Annotated[TrainSettings, tyro.conf.arg(name="")] = field(
-        default_factory=TrainSettings
-    )
+    settings: Annotated[TrainSettings, tyro.conf.arg(name="")] = field(default_factory=toybox)
     # run folder to write; None: runs/CORPUS-GENERATOR-METHOD-SEED, with the words of --prompt
     out: Path | None = None
     # continue the run in the folder from its last checkpoint; steps, device and what concerns logs

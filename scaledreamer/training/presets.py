@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['MVDREAM_NEGATIVE', 'PRESETS', 'RENAMED_PRESETS', 'mg15_hyper_ingp', 'at2520_conv3d', 'df415_conv3d', 'cp100k_conv3d',
-           'dl17k_triplane_mv', 'dl17k_triplane_mv_1gpu', 'single_prompt_sd', 'single_prompt_mv', 'small_triplane']
+           'dl17k_triplane_mv', 'dl17k_triplane_mv_1gpu', 'single_prompt_sd', 'single_prompt_mv', 'toybox',
+           'small_triplane']
 
 # %% ../../nbs/70_training/22_presets.ipynb #a422ddda
 from dataclasses import replace
@@ -139,10 +140,16 @@ def single_prompt_mv() -> TrainSettings:
     )
 
 # %% ../../nbs/70_training/22_presets.ipynb #a75bf36c
+def toybox() -> TrainSettings:
+    "The small generator on the shipped prior: the default settings, with SDS."
+    return TrainSettings(method="sds")
+
+
 def small_triplane() -> TrainSettings:
     "A small Triplane-Transformer on the shipped prior, trained as the large one."
     return TrainSettings(
         generator="triplane",
+        steps=3000,
         prompts_per_step=2,
         views_per_prompt=4,
         optim=OptimSettings("adan", lr=3e-3, eps=1e-15, accumulate=2),
@@ -152,7 +159,7 @@ def small_triplane() -> TrainSettings:
 
 
 PRESETS = {
-    "toybox": TrainSettings,
+    "toybox": toybox,
     "triplane": small_triplane,
     "paper/mg15-hyper-ingp": mg15_hyper_ingp,
     "paper/at2520-conv3d": at2520_conv3d,
