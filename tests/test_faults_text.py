@@ -289,7 +289,7 @@ def test_each_method_has_its_own_defaults(photos):
         if name not in ("vsd", "esd"):
             assert method_of(papers, step=10**9) is method  # with the guidance of its paper
     assert signature(METHODS["sds"]).parameters["guidance"].default == 100.0
-    assert resolve_settings(TrainSettings(), tiny).distill.guidance == 1.5
+    assert resolve_settings(TrainSettings(), tiny).distill.guidance == 1.15
     sds = resolve_settings(TrainSettings(method="sds"), tiny).distill
     assert sds.guidance == 5.0
     mine = DistillSettings(guidance=3.0, weight=0.5, view_prompting="words", timestep_per="image")
