@@ -109,7 +109,7 @@ def test_the_vocabulary_of_views_belongs_to_the_prior(photos, tmp_path, capsys):
     out = tmp_path / "run"
     argv = ["train", "--corpus", corpus, "--prior", photos, "--steps", 1, *QUICK, "--out", out]
     code, printed, _ = command(capsys, *argv, "--eval-views", 0)
-    assert code == 0 and "view prompting words" in printed and "guidance 7.5" in printed
+    assert code == 0 and "view prompting words" in printed and "guidance 100" in printed
     assert config_of(out)["view_prompting"] == "words" and config_of(out)["guidance"] is None
     code, _, error = command(
         capsys, *argv[:-1], tmp_path / "no", "--distill.view-prompting", "tokens"

@@ -9,6 +9,7 @@ from torch import nn
 
 from released import fixture
 from scaledreamer.core.settings import UsageError
+from scaledreamer.distill.distill_settings import DistillSettings
 from scaledreamer.field.background import BackgroundAugmentation
 from scaledreamer.training.optimizer_state import load_optimizer, optimizer_tensors
 from scaledreamer.training.corpora import number_prompts
@@ -22,7 +23,10 @@ from scaledreamer.training.trainer import run_training
 
 TEXTS = ("a red ball", "a blue cube", "a green chair", "a yellow car")
 ADAN = OptimSettings("adan", eps=1e-15)
-SMALL = TrainSettings(prior="mixture", prompt=TEXTS, steps=10, resolution=12, views_per_prompt=2)
+GUIDED = DistillSettings(guidance=1.5)  # less leaves gradients that are small sums of large numbers
+SMALL = TrainSettings(
+    prior="mixture", prompt=TEXTS, steps=10, resolution=12, views_per_prompt=2, distill=GUIDED
+)
 
 
 def start(settings):

@@ -23,7 +23,7 @@ from scaledreamer.prior.stable_diffusion import StableDiffusionPrior
 from scaledreamer.training.checkpoints import checkpoint_steps
 from scaledreamer.training.corpora import number_prompts
 from scaledreamer.training.method_defaults import resolve_settings
-from scaledreamer.training.presets import mg15_hyper_ingp
+from scaledreamer.training.presets import mg15_hyper_ingp, toybox
 from scaledreamer.training.prompt_order import step_prompts
 from scaledreamer.training.run import build
 from scaledreamer.training.save_settings import SaveSettings
@@ -222,7 +222,7 @@ def test_published_results_are_those_of_the_defaults():
     found = read_settings(published.read_text(encoding="utf-8"))
     unused = {"nfsd_negative_prompt": None, "bridge_source_prompt": None}  # of other methods
     found = replace(found, distill=replace(found.distill, **unused))
-    assert found == resolve_settings(TrainSettings(), StableDiffusionPrior.from_pretrained())
+    assert found == resolve_settings(toybox(), StableDiffusionPrior.from_pretrained())
 
 
 @pytest.mark.parametrize("method", ["vsd", "esd"])
