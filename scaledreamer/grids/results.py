@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['COSTS', 'REFERENCES', 'VERSION', 'training_rows', 'failure_row', 'write_grid_results', 'read_grid_results',
-           'seed_values', 'mean_text', 'paired_difference', 'results_table']
+           'seed_values', 'seed_means', 'mean_text', 'paired_difference', 'results_table']
 
 # %% ../../nbs/87_grids/30_results.ipynb #a650d709
 import io
@@ -13,8 +13,10 @@ from pathlib import Path
 from types import NoneType
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from jaxtyping import Float
 
 from ..core.files import read_json, read_regular_file, shown_path, write_atomic
 from ..core.settings import RunError, UsageError, shorten
@@ -115,9 +117,14 @@ def _by_seed(values: Mapping[tuple[str, str], float]) -> dict[str, list[float]]:
     return by_seed
 
 
+def seed_means(values: Mapping[tuple[str, str], float]) -> Float[np.ndarray, " s"]:
+    "The mean over prompts of each seed, in the order of the seeds."
+    return np.array([sum(some) / len(some) for some in _by_seed(values).values()])
+
+
 def mean_text(values: Mapping[tuple[str, str], float], digits: int = 3) -> str:
     "The mean over seeds of the means over prompts, with deviation and interval; – for none."
-    means = [sum(some) / len(some) for some in _by_seed(values).values()]
+    means = seed_means(values).tolist()
     return estimate(means).text(digits) if means else "–"
 
 
