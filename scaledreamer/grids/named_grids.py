@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FRONT_PROMPTS', 'ABLATIONS', 'DEVELOPMENT_PROMPTS', 'TRIALS', 'BEST_TRIALS', 'BUDGETS', 'EXPERIMENTS', 'fronts',
-           'ablation', 'identity', 'tuning', 'methods', 'budget']
+           'ablation', 'identity', 'tuning', 'methods', 'budget', 'literal']
 
 # %% ../../nbs/87_grids/35_named_grids.ipynb #de726d65
 from collections.abc import Mapping
@@ -14,6 +14,7 @@ from itertools import product
 from .grid import Grid, Options, seed_axis
 
 # %% ../../nbs/87_grids/35_named_grids.ipynb #bfb2e329
+_PLAIN: Options = {"early-resolution": "None", "prior-settings.dtype": "auto"}
 _ASD: Options = {"method": "asd", "distill.guidance": 1.5, "distill.weight": 1}
 FRONT_PROMPTS = tuple(
     f"a {color} {shape}"
@@ -28,7 +29,7 @@ def fronts() -> Grid:
     views = ("tokens", "words", "perp-neg")
     rows = {name: single | {"distill.view-prompting": name} for name in views}
     rows["four views"] = _ASD | {"prior": "tiny-mv", "prompts-per-step": 1}
-    common = {"prompt": FRONT_PROMPTS, "steps": 1500, "validate-every": 1500}
+    common = {**_PLAIN, "prompt": FRONT_PROMPTS, "steps": 1500, "validate-every": 1500}
     axes = {"seed": seed_axis(range(6)), "views": rows}
     quick = {"prompt": FRONT_PROMPTS[:1], "steps": 2, "eval-views": 1}
     return Grid(fronts.__doc__, common, axes, quick)
@@ -86,7 +87,7 @@ def identity() -> Grid:
         "ASD, deterministic": options(asd_twin(default, schedule, eta=0.05, shift="deterministic")),
         "SDS, control": options(replace(sds, guidance=sds.guidance / 3), method="sds"),
     }
-    common = {"steps": 1500, "validate-every": 1500, "eval-views": 24}
+    common = {**_PLAIN, "steps": 1500, "validate-every": 1500, "eval-views": 24}
     quick = {"steps": 2, "eval-views": 1}
     return Grid(identity.__doc__, common, {"seed": seed_axis(range(6)), "method": rows}, quick)
 
@@ -122,7 +123,8 @@ TRIALS: Mapping[str, Options] = {
 
 def tuning() -> Grid:
     "Six trials for each of SDS, CSD, ASD and VSD on development prompts, in 600 steps."
-    common = {"prompt": DEVELOPMENT_PROMPTS, "steps": 600, "validate-every": 600, "eval-views": 24}
+    length = {"steps": 600, "validate-every": 600}
+    common = {**_PLAIN, **length, "prompt": DEVELOPMENT_PROMPTS, "eval-views": 24}
     axes = {"seed": seed_axis(range(2)), "trial": TRIALS}
     quick = {"prompt": DEVELOPMENT_PROMPTS[:1], "steps": 2, "eval-views": 1}
     return Grid(tuning.__doc__, common, axes, quick)
@@ -138,7 +140,7 @@ BEST_TRIALS = (
 
 def methods() -> Grid:
     "SDS, ASD, CSD and VSD on toybox-15 with the best trial of each, in 1,500 steps."
-    common = {"steps": 1500, "validate-every": 1500, "eval-views": 24}
+    common = {**_PLAIN, "steps": 1500, "validate-every": 1500, "eval-views": 24}
     axes = {"method": {name: TRIALS[name] for name in BEST_TRIALS}, "seed": seed_axis(range(6))}
     quick = {"steps": 2, "eval-views": 1}
     return Grid(methods.__doc__, common, axes, quick)
@@ -147,13 +149,20 @@ def methods() -> Grid:
 BUDGETS: Mapping[str, Options] = {
     "guidance 5, weight .04": {},
     "guidance 3, weight .1": {"distill.guidance": 3, "distill.weight": 0.1},
+    "guidance 8": {"distill.guidance": 8},
+    "guidance 10": {"distill.guidance": 10},
+    "guidance 8, 32 then 64 pixels, bfloat16": {
+        "distill.guidance": 8,
+        "early-resolution": 32,
+        "prior-settings.dtype": "bfloat16",
+    },
     "half the learning rate": {"optim.lr": 1.5e-3},
     "twice the learning rate": {"optim.lr": 6e-3},
     "momentum .9": {"optim.betas": (0.9, 0.99)},
     "Adan": {"optim.optimizer": "adan"},
     "two prompts per step": {"prompts-per-step": 2, "steps": 1200},
     "eight prompts per step": {"prompts-per-step": 8, "steps": 300},
-    "32, then 64 pixels": {"resolution": 32, "final-resolution": 64},
+    "32, then 64 pixels": {"early-resolution": 32},
     "sharper surface": {"render.beta": 0.01},
     "smaller last window": {"distill.window-end": (0.02, 0.3)},
     "no sparsity": {"loss.sparsity": 0},
@@ -164,13 +173,37 @@ BUDGETS: Mapping[str, Options] = {
 
 
 def budget() -> Grid:
-    "One setting of SDS's best trial changed at a time, at the same number of images."
-    best = {"method": "sds", "distill.guidance": 5, "distill.weight": 0.04, "steps": 600}
+    "Settings around SDS's best trial, at the same number of images."
+    best = {**_PLAIN, **TRIALS[BEST_TRIALS[0]], "steps": 600}
     common = {"prompt": DEVELOPMENT_PROMPTS, "eval-views": 24}
     rows = {name: {**best, **changes} for name, changes in BUDGETS.items()}
     axes = {"seed": seed_axis(range(2)), "setting": rows}
     quick = {"prompt": DEVELOPMENT_PROMPTS[:1], "steps": 2, "eval-views": 1}
     return Grid(budget.__doc__, common, axes, quick)
+
+# %% ../../nbs/87_grids/35_named_grids.ipynb #45470439
+def _literal_rows() -> dict[str, Options]:
+    "Methods by generator, without what was tuned."
+    paper = {"distill.guidance": "None", "distill.weight": 1}
+    pairs = {
+        "hyper-ingp": ("sds", "csd", "vsd", "asd"),
+        "hyper-ingp-spectral": ("sds", "asd"),
+        "conv3d": ("sds", "asd"),
+        "conv3d-gain-1": ("sds", "asd"),
+    }
+    return {
+        f"{method.upper()}, {generator}": {"method": method, "generator": generator, **paper}
+        for generator, methods in pairs.items()
+        for method in methods
+    }
+
+
+def literal() -> Grid:
+    "Methods at the settings of their papers, with spectral norm and with 3DConv-net."
+    common = {"steps": 600, "validate-every": 600, "eval-views": 24}
+    axes = {"seed": seed_axis(range(6)), "method": _literal_rows()}
+    quick = {"steps": 2, "eval-views": 1}
+    return Grid(literal.__doc__, common, axes, quick)
 
 # %% ../../nbs/87_grids/35_named_grids.ipynb #767f0a00
 EXPERIMENTS = {
@@ -180,4 +213,5 @@ EXPERIMENTS = {
     "tuning": tuning,
     "methods": methods,
     "budget": budget,
+    "literal": literal,
 }

@@ -61,6 +61,19 @@ def _with_new_names(given: Any, section: str = "") -> Any:
     return named
 
 # %% ../../nbs/70_training/21_earlier_settings.ipynb #5cd4c2fc
+def _with_early_resolution(given: Any) -> Any:
+    "Settings of versions whose resolution was the first of two, `final_resolution` the second."
+    if not isinstance(given, dict) or "final_resolution" not in given:
+        return given
+    last, until = given["final_resolution"], given.get("final_resolution_from")
+    named = {k: v for k, v in given.items() if not k.startswith("final_resolution")}
+    if until is not None:
+        named["early_resolution_until"] = until
+    if last is not None:
+        named |= {"early_resolution": given.get("resolution", 64), "resolution": last}
+    return named
+
+
 def _with_defaults(default: Any, given: Any) -> Any:
     "`given` with the keys that it lacks from `default`, section by section."
     sections = isinstance(default, dict) and isinstance(given, dict)
@@ -79,5 +92,5 @@ def read_settings(text: str) -> TrainSettings:
         guidance=1.5, weight=1.0, view_prompting="tokens", timestep_per="image"
     )
     default = json.loads(to_json(TrainSettings(distill=earlier)))
-    given = _with_new_names(json.loads(text))
+    given = _with_early_resolution(_with_new_names(json.loads(text)))
     return from_json(TrainSettings, json.dumps(_with_defaults(default, given)))

@@ -23,7 +23,7 @@ from .prompt_order import step_prompts
 from .run import Run, step_conditioning
 from .step import distill, sample_noise, step_cameras
 from .step_batch import make_scenes
-from .train_settings import TrainSettings, largest_resolution, method_of
+from .train_settings import TrainSettings, method_of
 
 # %% ../../nbs/70_training/42_memory_estimate.ipynb #7ebf277a
 def _renders(run: Run, prompts: int) -> int:
@@ -34,7 +34,7 @@ def _renders(run: Run, prompts: int) -> int:
     cameras = sample_cameras(s.cameras, prompts, s.views_per_prompt, step_rng(s.seed, 0))
     z = torch.randn(prompts, run.generator.noise, generator=step_rng(s.seed, 0))
     scenes = lambda: make_scenes(run.generator, texts, z)
-    return render_bytes(scenes, weights, cameras, largest_resolution(s), s.render)
+    return render_bytes(scenes, weights, cameras, s.resolution, s.render)
 
 
 def linear(measure: Callable[[int], int], count: int, few: int, more: int) -> int:
@@ -94,9 +94,7 @@ def what_to_lower(settings: TrainSettings, chunks: bool = True) -> str:
     chunk = settings.render.train_rays_per_chunk if chunks else None
     rays = "give --render.train-rays-per-chunk 4096, or lower" if chunks and not chunk else "lower"
     views, prompts = settings.views_per_prompt, settings.prompts_per_step
-    size = largest_resolution(settings)
-    name = "resolution" if size == settings.resolution else "final-resolution"
-    options = {name: size, "views-per-prompt": views}
+    options = {"resolution": settings.resolution, "views-per-prompt": views}
     options |= {"prompts-per-step": prompts} | (
         {"render.train-rays-per-chunk": chunk} if chunk else {}
     )
@@ -133,7 +131,7 @@ def check_memory(run: Run, left: int | None = None) -> None:
     left = memory_left(s.device) if left is None else left
     if left is None:
         return
-    images, size = s.prompts_per_step * s.views_per_prompt // run.world.size, largest_resolution(s)
+    images, size = s.prompts_per_step * s.views_per_prompt // run.world.size, s.resolution
     need, chunks = 36 * images * size**2, False
     if need <= left:
         copies = COPIES[s.optim.optimizer]

@@ -30,11 +30,11 @@ from .train_settings import TrainSettings
 # %% ../../nbs/70_training/56_run_plan.ipynb #d0cd91b8
 def phases(settings: TrainSettings) -> list[tuple[int, int, int]]:
     "First step, number of steps and resolution of each phase of a run."
-    last, steps = settings.final_resolution, settings.steps
-    if last in (None, settings.resolution):
-        return [(0, steps, settings.resolution)]
-    change = min(steps, math.ceil(settings.final_resolution_from * steps))
-    both = [(0, change, settings.resolution), (change, steps - change, last)]
+    first, size, steps = settings.early_resolution, settings.resolution, settings.steps
+    if first is None or first >= size:
+        return [(0, steps, size)]
+    change = min(steps, math.ceil(settings.early_resolution_until * steps))
+    both = [(0, change, first), (change, steps - change, size)]
     return [phase for phase in both if phase[1]]
 
 # %% ../../nbs/70_training/56_run_plan.ipynb #76b162f2

@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['TOYBOX_RENDER', 'ESTIMATOR_METHODS', 'METHODS', 'MakeGenerator', 'GENERATORS', 'TrainSettings', 'resolution_at',
-           'largest_resolution', 'method_of', 'make_estimator', 'build_prior', 'check_generator_name',
-           'build_generator']
+           'method_of', 'make_estimator', 'build_prior', 'check_generator_name', 'build_generator']
 
 # %% ../../nbs/70_training/20_train_settings.ipynb #d7b33869
 from collections.abc import Callable
@@ -67,8 +66,9 @@ class TrainSettings:
     # cameras per prompt in a step, from 1 to 4096; 1: as many as the prior sees at once
     views_per_prompt: int = 1
     resolution: int = 64  # width and height of the training renders in pixels, from 1 to 4096
-    final_resolution: int | None = None  # of the last renders, from 1 to 4096; None: the same
-    final_resolution_from: float = 0.4  # part of the run, from 0 to 1, before final_resolution
+    # of the first renders, from 1 to 4096, where it is lower than resolution; None: the same
+    early_resolution: int | None = None
+    early_resolution_until: float = 0.4  # part of the run, from 0 to 1, in early_resolution
     # folder of stores of text embeddings, for any corpus; None: small corpora stay in memory, large
     # ones use $SCALEDREAMER_CACHE/embeddings, by default in ~/.cache/scaledreamer
     embeddings: str | None = None
@@ -99,8 +99,8 @@ def _check_settings(settings: TrainSettings) -> None:
     every = dict.fromkeys(("steps", "log_every", "validate_every", "checkpoint_every"), count)
     check_ranges(settings, **every, prompts_per_step=size, views_per_prompt=size)
     pixels = replace(size, unit="pixels")
-    check_ranges(settings, resolution=pixels, final_resolution=pixels)
-    check_ranges(settings, final_resolution_from=Interval(0, 1), seed=Interval(0, 2**32 - 1))
+    check_ranges(settings, resolution=pixels, early_resolution=pixels)
+    check_ranges(settings, early_resolution_until=Interval(0, 1), seed=Interval(0, 2**32 - 1))
     if settings.loss.orientation and settings.render.normals == "none":
         raise UsageError(
             f"loss.orientation is {settings.loss.orientation:g}: it needs normals, "
@@ -121,14 +121,9 @@ def _check_settings(settings: TrainSettings) -> None:
 # %% ../../nbs/70_training/20_train_settings.ipynb #9bd47690
 def resolution_at(settings: TrainSettings, step: int) -> int:
     "Width and height of the renders of a step, in pixels."
-    last = settings.final_resolution
-    grown = last and step >= settings.final_resolution_from * settings.steps
-    return last if grown else settings.resolution
-
-
-def largest_resolution(settings: TrainSettings) -> int:
-    "Width and height of the largest renders of a training, in pixels."
-    return max(settings.resolution, settings.final_resolution or 0)
+    first, size = settings.early_resolution, settings.resolution
+    early = first and step < settings.early_resolution_until * settings.steps
+    return min(first, size) if early else size
 
 # %% ../../nbs/70_training/20_train_settings.ipynb #9e90cbb1
 METHODS: dict[str, Method] = {
