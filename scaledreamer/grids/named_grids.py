@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FRONT_PROMPTS', 'ABLATIONS', 'DEVELOPMENT_PROMPTS', 'TRIALS', 'BEST_TRIALS', 'BUDGETS', 'EXPERIMENTS', 'fronts',
-           'ablation', 'identity', 'tuning', 'methods', 'budget', 'literal']
+           'ablation', 'identity', 'tuning', 'methods', 'budget', 'literal', 'single']
 
 # %% ../../nbs/87_grids/35_named_grids.ipynb #de726d65
 from collections.abc import Mapping
@@ -12,6 +12,7 @@ from dataclasses import replace
 from itertools import product
 
 from .grid import Grid, Options, seed_axis
+from ..toybox.captions import TOYBOX_15
 
 # %% ../../nbs/87_grids/35_named_grids.ipynb #bfb2e329
 _PLAIN: Options = {"early-resolution": "None", "prior-settings.dtype": "auto"}
@@ -205,6 +206,14 @@ def literal() -> Grid:
     quick = {"steps": 2, "eval-views": 1}
     return Grid(literal.__doc__, common, axes, quick)
 
+# %% ../../nbs/87_grids/35_named_grids.ipynb #096bdc7f
+def single() -> Grid:
+    "Each prompt of toybox-15 alone, in 200 steps."
+    common = {"steps": 200, "validate-every": 200, "eval-views": 24}
+    axes = {"seed": seed_axis(range(3)), "alone": {text: {"prompt": [text]} for text in TOYBOX_15}}
+    quick = {"steps": 2, "eval-views": 1}
+    return Grid(single.__doc__, common, axes, quick)
+
 # %% ../../nbs/87_grids/35_named_grids.ipynb #767f0a00
 EXPERIMENTS = {
     "fronts": fronts,
@@ -214,4 +223,5 @@ EXPERIMENTS = {
     "methods": methods,
     "budget": budget,
     "literal": literal,
+    "single": single,
 }
