@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FRONT_PROMPTS', 'ABLATIONS', 'DEVELOPMENT_PROMPTS', 'TRIALS', 'BEST_TRIALS', 'BUDGETS', 'EXPERIMENTS', 'fronts',
-           'ablation', 'identity', 'tuning', 'methods', 'budget', 'literal', 'single']
+           'ablation', 'identity', 'tuning', 'methods', 'budget', 'literal', 'single_prompt']
 
 # %% ../../nbs/87_grids/35_named_grids.ipynb #de726d65
 from collections.abc import Mapping
@@ -207,12 +207,12 @@ def literal() -> Grid:
     return Grid(literal.__doc__, common, axes, quick)
 
 # %% ../../nbs/87_grids/35_named_grids.ipynb #096bdc7f
-def single() -> Grid:
+def single_prompt() -> Grid:
     "Each prompt of toybox-15 alone, in 200 steps."
     common = {"steps": 200, "validate-every": 200, "eval-views": 24}
     axes = {"seed": seed_axis(range(3)), "alone": {text: {"prompt": [text]} for text in TOYBOX_15}}
     quick = {"steps": 2, "eval-views": 1}
-    return Grid(single.__doc__, common, axes, quick)
+    return Grid(single_prompt.__doc__, common, axes, quick)
 
 # %% ../../nbs/87_grids/35_named_grids.ipynb #767f0a00
 EXPERIMENTS = {
@@ -223,5 +223,5 @@ EXPERIMENTS = {
     "methods": methods,
     "budget": budget,
     "literal": literal,
-    "single": single,
+    "single": single_prompt,
 }
