@@ -86,6 +86,8 @@ class DistillSettings(QuerySettings):
     # factor on the distillation loss, beside the regularisers, above 0 and up to 10^6; auto: the
     # method's own
     weight: float | Literal["auto"] = "auto"
+    # omega(t): sds is sigma^2, uniform 1, fantasia3d alpha sigma^2; auto: the method's own
+    timestep_weight: Literal["auto", "sds", "uniform", "fantasia3d"] = "auto"
     # how a prompt names its view: tokens of 15 degrees, words, perp-neg, or plain (not at all);
     # auto: tokens if the prior knows them, otherwise words
     view_prompting: ViewPrompting = "auto"

@@ -12,7 +12,8 @@ from functools import lru_cache
 from typing import Any
 
 from ..core.settings import UsageError
-from .distill_settings import DistillSettings, QuerySettings
+from .distill_settings import DistillSettings
+from .gradient import TIMESTEP_WEIGHTS, sds_weight
 from .log_snr_shift import LogSNRShift
 from .shift import RangedShift, ShiftSchedule
 from .shift_identity import sds_guidance, sds_share
@@ -22,15 +23,16 @@ from ..prior.schedule import NoiseSchedule, scaled_linear
 WINDOWS = 11  # of a run, evenly spaced, over which a share is averaged
 
 
-def run_share(settings: QuerySettings, schedule: NoiseSchedule) -> float:
+def run_share(settings: DistillSettings, schedule: NoiseSchedule) -> float:
     """c of the identity, averaged over the windows of a run; 0 without a shift.
 
     Raises `UsageError` for a shift in log-SNR."""
     shift, window = settings.shift_schedule(schedule), settings.window(WINDOWS - 1)
     if isinstance(shift, LogSNRShift):
         raise UsageError("the shift is measured in log-SNR: expected one in timesteps")
-    shares = [sds_share(shift, schedule, window(i, schedule.steps)) for i in range(WINDOWS)]
-    return sum(shares) / WINDOWS
+    windows = [window(i, schedule.steps) for i in range(WINDOWS)]
+    weight = TIMESTEP_WEIGHTS.get(settings.timestep_weight, sds_weight)  # auto: ASD's own
+    return sum(sds_share(shift, schedule, each, weight) for each in windows) / WINDOWS
 
 # %% ../../nbs/35_distill/57_twins.ipynb #88b5add5
 def _numbers(settings: DistillSettings, schedule: NoiseSchedule) -> tuple[float, float, float]:

@@ -50,6 +50,8 @@ ABLATIONS = {
     "fixed window": {"distill.window-start": (0.02, 0.98), "distill.window-end": (0.02, 0.98)},
     "no bounding sphere": {"render.bounding-radius": "None"},
     "guidance 3, no sphere": {"distill.guidance": 3, "render.bounding-radius": "None"},
+    "uniform weight of timesteps": {"distill.timestep-weight": "uniform"},
+    "Fantasia3D's weight of timesteps": {"distill.timestep-weight": "fantasia3d"},
     "no sparsity": {"loss.sparsity": 0},
     "no opaque": {"loss.opaque": 0},
     "no eikonal": {"loss.eikonal": 0},

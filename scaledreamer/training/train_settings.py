@@ -23,6 +23,7 @@ from ..core.tensors import seeded
 from ..distill.distill_settings import DistillSettings
 from ..distill.estimator import Estimator, LoRAEstimator
 from ..distill.flow_methods import pfd, rfds
+from ..distill.gradient import TIMESTEP_WEIGHTS
 from ..distill.later_methods import ism, nfsd, sdi, sds_bridge
 from ..distill.methods import Method, asd, csd, sds
 from ..distill.vsd import EstimatorTrainer, esd, vsd
@@ -151,6 +152,12 @@ def method_of(settings: TrainSettings, step: int = 0, estimator: Estimator | Non
     options = {"estimator": estimator} if settings.method in ESTIMATOR_METHODS else {}
     if settings.distill.guidance not in (None, "auto"):
         options["guidance"] = settings.distill.guidance
+    weight = settings.distill.timestep_weight
+    if weight not in ("auto", *TIMESTEP_WEIGHTS):
+        names = ", ".join(("auto", *TIMESTEP_WEIGHTS))
+        raise UsageError(f"distill.timestep_weight is {weight!r}: give one of {names}")
+    if weight != "auto":
+        options["weight"] = TIMESTEP_WEIGHTS[weight]
     return partial(method, **options) if options else method
 
 
