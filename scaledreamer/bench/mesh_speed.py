@@ -59,7 +59,8 @@ def measures(made: trimesh.Trimesh) -> Results:
 
 # %% ../../nbs/85_bench/50_mesh_speed.ipynb #b41b94d9
 MESH_PLACES = [
-    (mesh, "field_layers", "field"),
+    (mesh, "surface_reach", "field"),
+    (mesh, "surface_grid", "field"),
     (marching_cubes, "layer_triangles", "marching cubes"),
     (FieldScene, "color", "colors"),
     (mesh, "save_mesh", "writing"),
