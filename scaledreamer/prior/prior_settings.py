@@ -6,6 +6,7 @@
 __all__ = ['check_compiler', 'half_on_cpu', 'PriorSettings']
 
 # %% ../../nbs/30_prior/77_prior_settings.ipynb #17163f82
+import warnings
 from dataclasses import dataclass
 from typing import Literal
 
@@ -73,7 +74,15 @@ class PriorSettings:
             )
         if self.compile or self.graphs:
             check_compiler(device)
-        if self.dtype == "half" and kind == "cpu":
-            return half_on_cpu()[0]
+        if kind == "cpu" and self.dtype in ("half", "bfloat16"):
+            fastest, reason = half_on_cpu()
+            if self.dtype == "half":
+                return fastest
+            if fastest != torch.bfloat16:
+                warnings.warn(
+                    f"the prior's dtype is bfloat16, and {reason}: it is slower than float32 here; "
+                    "give half or float32",
+                    stacklevel=2,
+                )
         automatic = "float16" if kind == "cuda" else "float32"
         return getattr(torch, automatic if self.dtype in ("auto", "half") else self.dtype)
