@@ -67,7 +67,7 @@ class TrainSettings:
     # cameras per prompt in a step, from 1 to 4096; 1: as many as the prior sees at once
     views_per_prompt: int = 1
     resolution: int = 64  # width and height of the training renders in pixels, from 1 to 4096
-    early_resolution: int | None = None  # of the first renders, where it is lower; 1 to 4096
+    early_resolution: int | None = None  # of the first renders, from 1 to 4096, if lower
     early_resolution_until: float = 0.4  # part of the run, from 0 to 1, in early_resolution
     # folder of stores of text embeddings, for any corpus; None: small corpora stay in memory, large
     # ones use $SCALEDREAMER_CACHE/embeddings, by default in ~/.cache/scaledreamer
