@@ -15,6 +15,7 @@ from .grid import Grid, Options, seed_axis
 from ..toybox.captions import TOYBOX_15
 
 # %% ../../nbs/87_grids/35_named_grids.ipynb #bfb2e329
+# all renders of one size, and the prior in float32 on a CPU, other than in the preset
 _PLAIN: Options = {"early-resolution": "None", "prior-settings.dtype": "auto"}
 _ASD: Options = {"method": "asd", "distill.guidance": 1.5, "distill.weight": 1}
 FRONT_PROMPTS = tuple(
