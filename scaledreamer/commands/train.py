@@ -74,7 +74,8 @@ class Train:
 
     def load(self) -> None:
         "Import the slow libraries before the work begins."
-        import scaledreamer.commands.evaluate  # noqa: F401
+        import scaledreamer.prior.open_prior
+        import scaledreamer.training.trainer  # noqa: F401
 
     def run(self) -> str:
         return planned(self) if self.dry_run else train_and_evaluate(self)
@@ -83,10 +84,10 @@ class Train:
 def evaluate_result(run: Any, scorers: Sequence[Any], checked: bool, views: int) -> None:
     """Evaluate a trained `Run`, print its metrics, and send them to its trackers. CLIP models that
     are not `checked` are checked against the prompts first, or found."""
-    from scaledreamer.commands.evaluate import evaluate_run, scorers_for, summary
-
     command = f"the training is done, evaluate it with: scaledreamer evaluate {run.folder}"
     try:
+        from scaledreamer.commands.evaluate import evaluate_run, scorers_for, summary
+
         with memory_errors(f"{command} --views 30"):
             scorers = scorers if checked else scorers_for(run, scorers)
             print(summary(evaluate_run(run, scorers, views)))
@@ -112,7 +113,6 @@ def planned(options: Train) -> str:
 # %% ../../nbs/90_commands/34_train.ipynb #3862f265
 def train_and_evaluate(options: Train) -> str:
     "Train, print the metrics of the result, and return the line that names the run folder."
-    from scaledreamer.commands.evaluate import named_scorers, scorers_for
     from scaledreamer.core.processes import launched
     from scaledreamer.training.memory_estimate import memory_line
     from scaledreamer.training.method_defaults import describe_method
@@ -121,14 +121,17 @@ def train_and_evaluate(options: Train) -> str:
 
     settings, folder = options.settings, options.folder
     check_place(folder, "--out")
-    scorers, started = (), False
+    scorers, checked = (), False
     if options.eval_views and options.clip:  # a wrong name is found before the prior is opened
+        from scaledreamer.commands.evaluate import named_scorers, scorers_for
+
         scorers = named_scorers(options.clip, best_device(settings.device))
 
     def starting(run):
-        nonlocal scorers, started
+        nonlocal scorers, checked
         print(describe_method(run.settings), memory_line(run), *run.trackers.places(), sep="\n")
-        scorers, started = scorers_for(run, scorers) if options.eval_views else (), True
+        if scorers:
+            scorers, checked = scorers_for(run, scorers), True
 
     if options.resume and not folder.exists():
         print(f"nothing to resume in {folder}: starting anew", file=sys.stderr)
@@ -142,5 +145,5 @@ def train_and_evaluate(options: Train) -> str:
                 "stopped; what is done is saved: give the same command with --resume to go on"
             ) from None
         if world.main and options.eval_views:  # the main process evaluates
-            evaluate_result(run, scorers, started, options.eval_views)  # not started: it was done
+            evaluate_result(run, scorers, checked, options.eval_views)
     return f"run: {folder}" if world.main else ""
