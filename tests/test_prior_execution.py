@@ -1,6 +1,7 @@
 """Settings of a prior's networks keep its noise, latents and gradients; memory is counted."""
 
 import copy
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
@@ -9,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from scaledreamer.commands.cli import run_command, parse
+from scaledreamer.core.assets import asset
 from scaledreamer.core.settings import UsageError
 from scaledreamer.distill.estimator import LoRAEstimator
 from scaledreamer.prior.base import unique_text_rows, predict_noise_batched
@@ -16,11 +18,13 @@ from scaledreamer.recipes.architectures import sd21_unet, sd21_vae
 from scaledreamer.recipes.prior_memory import LiveBytes
 from scaledreamer.prior.pipelines import random_pipeline
 from scaledreamer.prior.execution import PriorSettings, apply_execution, share_text
+from scaledreamer.prior.open_prior import open_prior
 from scaledreamer.prior.stable_diffusion import StableDiffusionPrior, image_latents
 from scaledreamer.recipes.step_memory import MEMORY_PRESETS
 from scaledreamer.training.presets import mg15_hyper_ingp
 from scaledreamer.training.earlier_settings import read_settings
 from scaledreamer.training.train_settings import TrainSettings
+from scaledreamer.training.trainer import open_run
 
 ROUNDING, HALF = (
     1e-5,
@@ -78,6 +82,8 @@ def test_defaults_on_a_cpu_are_the_plain_networks_bit_for_bit(plain):
     (PriorSettings("bfloat16"), HALF), (PriorSettings("bfloat16", channels_last=True), HALF),
     (PriorSettings(channels_last=True), ROUNDING),
     (PriorSettings(shared_text=True), ROUNDING), (PriorSettings(vae_checkpoint=True), ROUNDING),
+    (PriorSettings(backend="openvino"), ROUNDING),
+    (PriorSettings("bfloat16", backend="openvino"), HALF),
 ])  # fmt: skip
 def test_every_setting_gives_the_same_noise_and_gradients(plain, settings, bound):
     prior = StableDiffusionPrior.from_pretrained(settings=settings)
@@ -98,6 +104,10 @@ def test_compiled_networks_give_the_same(plain, traceable):
 @pytest.mark.parametrize(("settings", "device", "said"), [
     (PriorSettings("float16"), "cpu",
      "float16 on a CPU, which is slower there than float32: give bfloat16, or auto"),
+    (PriorSettings(backend="openvino"), "cuda:0",
+     "openvino, and the device is cuda:0, and OpenVINO computes on a CPU: give backend torch"),
+    (PriorSettings(backend="openvino", shared_text=True), "cpu",
+     "openvino, and shared_text is true: give backend torch, or auto"),
     (PriorSettings(graphs=True), "cpu", "only CUDA has them: give compile instead"),
 ])  # fmt: skip
 def test_what_a_device_does_not_do(settings, device, said):
@@ -153,6 +163,83 @@ def test_a_copy_for_an_estimator_is_a_plain_one(plain):
         assert apart(own.predict_noise(x, t, tokens), plain.predict_noise(x, t, tokens)) > 1e-3
     own.predict_noise(x, t, tokens).square().mean().backward()
     assert all(weight.grad is not None for weight in own.parameters())
+
+
+@pytest.fixture(scope="module")
+def by_openvino():
+    return StableDiffusionPrior.from_pretrained(settings=PriorSettings(backend="auto"))
+
+
+def test_openvino_has_every_batch_size_and_the_same_bits_again(plain, by_openvino):
+    x, t, tokens = (torch.cat(parts) for parts in zip(*queries(plain)))
+    with torch.no_grad():
+        expected = plain.predict_noise(x, t, tokens)
+        for rows in (slice(0, 1), slice(0, 6), slice(2, 5)):
+            given = x[rows], t[rows], tokens[rows]
+            assert apart(by_openvino.predict_noise(*given), expected[rows]) < ROUNDING
+        again = (by_openvino.predict_noise(x, t, tokens) for _ in range(2))
+        assert torch.equal(*again)
+        one = by_openvino.predict_noise(x[:1].expand(6, -1, -1, -1), t[:1].expand(6), tokens)
+        assert apart(one[:1], expected[:1]) < ROUNDING  # views without memory of their own
+
+
+def test_openvino_leaves_gradients_and_other_networks_to_torch(plain, by_openvino):
+    (x, t, tokens), *_ = queries(plain)
+    gradients = []
+    for prior in (plain, by_openvino):
+        x_t = x.clone().requires_grad_()
+        prior.predict_noise(x_t, t, tokens).square().sum().backward()
+        gradients.append(x_t.grad)
+    assert torch.equal(*gradients)
+    own, theirs = LoRAEstimator(by_openvino, seed=1), LoRAEstimator(plain, seed=1)
+    with torch.no_grad():
+        for estimator in (own, theirs):
+            for name, weight in estimator.network.named_parameters():
+                if "lora_B" in name:
+                    weight.fill_(0.01)
+        moved = theirs.predict_noise(x, t, tokens)
+        assert torch.equal(own.predict_noise(x, t, tokens), moved)
+        assert apart(moved, plain.predict_noise(x, t, tokens)) > 1e-3
+        wide = torch.cat([x, x], -1)  # another size than was compiled
+        assert torch.equal(
+            by_openvino.predict_noise(wide, t, tokens), plain.predict_noise(wide, t, tokens)
+        )
+
+
+def test_openvino_in_several_threads(by_openvino):
+    given = queries(by_openvino)
+    call = torch.no_grad()(lambda part: by_openvino.predict_noise(*part))
+    expected = [call(part) for part in given]
+    with ThreadPoolExecutor(3) as pool:
+        for _ in range(5):
+            assert all(map(torch.equal, pool.map(call, given), expected))
+
+
+def test_openvino_is_for_one_view():
+    with pytest.raises(UsageError, match="U-Nets of Stable Diffusion 1 and 2: leave backend out"):
+        open_prior(asset("tiny-mv"), PriorSettings(backend="openvino"))
+    assert open_prior(asset("tiny-mv"), PriorSettings(backend="auto")).settings.backend == "auto"
+
+
+def test_openvino_trains(tmp_path):
+    small = "train --prompt ball --steps 2 --resolution 16 --prior-settings.dtype float32".split()
+    runs = []
+    for name, backend in (("a", "openvino"), ("b", "openvino"), ("c", "torch")):
+        out = [
+            *small,
+            "--eval-views",
+            "0",
+            "--prior-settings.backend",
+            backend,
+            "--out",
+            str(tmp_path / name),
+        ]
+        assert run_command(out) == 0
+        runs.append(
+            torch.cat([w.flatten() for w in open_run(tmp_path / name).generator.parameters()])
+        )
+    assert torch.equal(runs[0], runs[1])
+    assert 0 < apart(runs[0], runs[2]) < 1e-3
 
 
 def test_half_precision_trains_and_float16_on_a_cpu_is_refused_before_the_folder(tmp_path, capsys):

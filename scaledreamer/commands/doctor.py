@@ -21,7 +21,7 @@ from ..core.tensor_files import open_tensors
 from ..core.tensors import devices
 from ..field.decoders import decoder_code
 from ..field.hash_grid import auto_backend
-from ..prior.prior_settings import half_on_cpu
+from ..prior.prior_settings import cpu_backend, half_on_cpu
 
 # %% ../../nbs/90_commands/20_doctor.ipynb #8ab32b39
 def can_open(file: Path) -> bool:
@@ -40,17 +40,18 @@ def complete(folder: Path) -> bool:
 
 # %% ../../nbs/90_commands/20_doctor.ipynb #e1b19465
 def kernels() -> list[str]:
-    "Which code computes hash grid and decoders on each kind of device, and the prior's precision."
+    "Which code computes hash grid and decoders on each kind of device, and the prior on a CPU."
     kinds = dict.fromkeys(name.partition(":")[0] for name in devices())
     lines = []
     for kind in kinds:
         for part, choose in (("hash grid", auto_backend), ("decoders", decoder_code)):
             code, reason = choose(kind)
             lines.append(f"{part}: {code} on {kind} ({reason})")
-    dtype, reason = half_on_cpu()
+    (dtype, why), (backend, reason) = half_on_cpu(), cpu_backend()
     return [
         *lines,
-        f"prior in half precision: {str(dtype).removeprefix('torch.')} on cpu ({reason})",
+        f"prior in half precision: {str(dtype).removeprefix('torch.')} on cpu ({why})",
+        f"prior with backend auto: {backend} on cpu ({reason})",
     ]
 
 # %% ../../nbs/90_commands/20_doctor.ipynb #da50294d

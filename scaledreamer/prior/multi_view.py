@@ -30,6 +30,7 @@ class MultiViewPrior(StableDiffusionPrior):
     a pipeline of diffusers whose U-Net a `MultiViewUNet` saved."""
 
     takes_cameras = True
+    plain_unet = False
 
     def __init__(
         self,

@@ -26,6 +26,7 @@ from .execution import PriorSettings, apply_execution
 from .flow_schedule import FlowSchedule, schedule_of
 from .latents import eps_of, image_latents, latent_images, run_unet, try_out
 from .open_pipeline import TINY, OpenedPipeline, open_pipeline
+from .openvino_unet import OpenVINOUNet
 from .pipeline_fit import latent_sizes
 from .pipeline_parts import PREDICTION_TYPES
 from .pipeline_source import local_pipeline, pipeline_source
@@ -43,6 +44,7 @@ class LatentTexts:
     prediction_type: str  # one of `PREDICTION_TYPES`
     settings: PriorSettings
     image_size: int  # of the images that are encoded, in pixels
+    plain_unet = False  # whether it is a U-Net of latents, timesteps and text states alone
 
     @property
     def network(self) -> Any:  # the U-Net or transformer
@@ -149,6 +151,10 @@ def ready_prior(
 ) -> Any:
     "A prior on its device, run once. Raises `UsageError` or `RunError` for parts that do not fit."
     name, dtype = shown_path(path_or_id), settings.dtype_on(device)
+    if settings.backend == "openvino" and not kind.plain_unet:
+        raise UsageError(
+            f"{name}: OpenVINO computes the U-Nets of Stable Diffusion 1 and 2: leave backend out"
+        )
     try:
         prior = kind(*parts(), settings).to(device, dtype)
     except UsageError as error:
@@ -203,6 +209,8 @@ class StableDiffusionPrior(PipelineParts):
     Raises `UsageError` for parts that do not fit together."""
 
     takes_cameras = False
+    plain_unet = True
+    openvino: OpenVINOUNet | None = None
 
     @classmethod
     def from_pretrained(
@@ -228,3 +236,17 @@ class StableDiffusionPrior(PipelineParts):
     ) -> Tensor:
         refuse_camera(camera)
         return self.noise_by(self.unet, x_t, t, tokens, rows=rows)
+
+    def apply_settings(self) -> None:
+        super().apply_settings()
+        if self.plain_unet and self.settings.uses_openvino(self.unet.device):
+            text_shape = self.text.window, self.unet.config.cross_attention_dim
+            self.openvino = OpenVINOUNet(self.unet, self.latent_shape, text_shape)
+
+    def raw_output(
+        self, unet: UNet2DConditionModel, x_t: Tensor, t: Tensor, tokens: Tensor, *args, **options
+    ) -> Tensor:
+        fast = self.openvino if unet is self.unet else None
+        if fast is not None and fast.can_run(x_t, tokens):
+            return fast(x_t, self.schedule.times(t).expand(len(x_t)), tokens)
+        return super().raw_output(unet, x_t, t, tokens, *args, **options)

@@ -130,6 +130,8 @@ class StableDiffusionXLPrior(StableDiffusionPrior):
     """A `Prior` from the parts of a Stable Diffusion XL pipeline.
     Raises `UsageError` for parts that do not fit together."""
 
+    plain_unet = False
+
     def __init__(
         self,
         unet: UNet2DConditionModel,
