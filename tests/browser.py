@@ -261,5 +261,8 @@ class Lab:
                 run_all(page)
             page.wait_for_timeout(500)  # a reader does not act at once
             page.screenshot(path=folder / "start.png")
-            yield page
-            assert not page.errors, page.errors
+            try:
+                yield page
+                assert not page.errors, page.errors
+            finally:  # also of a test that fails while its kernel trains
+                page.evaluate(f"() => {CURRENT}?.sessionContext?.shutdown().catch(() => {{}})")

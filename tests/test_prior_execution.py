@@ -236,7 +236,9 @@ def test_openvino_trains(tmp_path):
         ]
         assert run_command(out) == 0
         runs.append(
-            torch.cat([w.flatten() for w in open_run(tmp_path / name).generator.parameters()])
+            torch.cat(
+                [w.detach().flatten() for w in open_run(tmp_path / name).generator.parameters()]
+            )
         )
     assert torch.equal(runs[0], runs[1])
     assert 0 < apart(runs[0], runs[2]) < 1e-3

@@ -43,7 +43,8 @@ def openvino_model(
         warnings.simplefilter("ignore")  # the tracer's, of sizes that are fixed here
         traced = torch.jit.trace(network, example, check_trace=False)
     frontend = FrontEndManager().load_by_framework("pytorch")
-    decoder = TorchScriptPythonDecoder(traced, example_input=example)  # must outlive `convert`
+    # must outlive `convert`; the model has weights of its own
+    decoder = TorchScriptPythonDecoder(traced, example_input=example, shared_memory=False)
     model = frontend.convert(frontend.load(decoder))
     model.reshape({port: [-1, *x.shape[1:]] for port, x in enumerate(example)})
     options = {
@@ -65,8 +66,10 @@ class OpenVINOUNet:
         latent_shape: tuple[int, int, int],
         text_shape: tuple[int, int],  # tokens, width
     ) -> None:
-        with quiet():
-            plain = copy.deepcopy(unet).to("cpu", torch.float32)
+        plain = unet
+        if unet.dtype != torch.float32:
+            with quiet():
+                plain = copy.deepcopy(unet).float()
         example = torch.zeros(2, *latent_shape), torch.zeros(2), torch.zeros(2, *text_shape)
         model = openvino_model(_Output(plain), example, unet.dtype)
         self.shapes = tuple(latent_shape), tuple(text_shape)
