@@ -27,10 +27,10 @@ from ..eval.clip_metrics import CLIP_METRICS
 from ..eval.picture_level import picture_level
 from ..eval.truth import truth_of
 from ..training.corpora import Prompt
-from ..toybox.renders import render_object
 from ..training.run import Run
 from ..training.run_logs import read_rows
 from ..training.run_prompts import corpus_name
+from .beside_truth import toybox_views
 from .mesh import extract_mesh, save_mesh
 from .mesh_packing import pack_meshes
 from .mesh_page import page_script, scene_meshes, viewer_html, viewer_state
@@ -189,11 +189,8 @@ def training_curve(path: Path) -> str:
 # %% ../../nbs/80_view/30_run_report.ipynb #ac7179be
 def true_views(text: str) -> Float[Tensor, "v 3 h w"] | None:
     "The same views of the true object; None for a text whose object is not known."
-    truth = truth_of(text)
-    if truth is None:
-        return None
-    rendering = render_object(truth, orbit(REPORT_VIEWS, elevation=15.0), REPORT_SIZE)
-    return rendering.over(torch.ones(3)).movedim(-1, 1)
+    cameras = orbit(REPORT_VIEWS, elevation=15.0)
+    return None if truth_of(text) is None else toybox_views(text, cameras, REPORT_SIZE)
 
 
 def report_resolution(prompts: int) -> int:
