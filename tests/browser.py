@@ -257,12 +257,13 @@ class Lab:
         with watched(browser, folder) as page:
             page.goto(f"{self.address}/lab/tree/{name}.ipynb?reset")
             page.wait_for_function(CELLS)
-            if run:
-                run_all(page)
-            page.wait_for_timeout(500)  # a reader does not act at once
-            page.screenshot(path=folder / "start.png")
             try:
+                if run:
+                    run_all(page)
+                page.wait_for_timeout(500)  # a reader does not act at once
+                page.screenshot(path=folder / "start.png")
                 yield page
                 assert not page.errors, page.errors
             finally:  # also of a test that fails while its kernel trains
-                page.evaluate(f"() => {CURRENT}?.sessionContext?.shutdown().catch(() => {{}})")
+                if not page.is_closed():
+                    page.evaluate(f"() => {CURRENT}?.sessionContext?.shutdown().catch(() => {{}})")

@@ -1,6 +1,7 @@
 """Settings of a prior's networks keep its noise, latents and gradients; memory is counted."""
 
 import copy
+import re
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
@@ -18,6 +19,7 @@ from scaledreamer.recipes.architectures import sd21_unet, sd21_vae
 from scaledreamer.recipes.prior_memory import LiveBytes
 from scaledreamer.prior.pipelines import random_pipeline
 from scaledreamer.prior.execution import PriorSettings, apply_execution, share_text
+from scaledreamer.prior import openvino_unet
 from scaledreamer.prior.open_prior import open_prior
 from scaledreamer.prior.stable_diffusion import StableDiffusionPrior, image_latents
 from scaledreamer.recipes.step_memory import MEMORY_PRESETS
@@ -83,6 +85,7 @@ def test_defaults_on_a_cpu_are_the_plain_networks_bit_for_bit(plain):
     (PriorSettings(channels_last=True), ROUNDING),
     (PriorSettings(shared_text=True), ROUNDING), (PriorSettings(vae_checkpoint=True), ROUNDING),
     (PriorSettings(backend="openvino"), ROUNDING),
+    (PriorSettings(backend="openvino", channels_last=True), ROUNDING),
     (PriorSettings("bfloat16", backend="openvino"), HALF),
 ])  # fmt: skip
 def test_every_setting_gives_the_same_noise_and_gradients(plain, settings, bound):
@@ -167,7 +170,9 @@ def test_a_copy_for_an_estimator_is_a_plain_one(plain):
 
 @pytest.fixture(scope="module")
 def by_openvino():
-    return StableDiffusionPrior.from_pretrained(settings=PriorSettings(backend="auto"))
+    prior = StableDiffusionPrior.from_pretrained(settings=PriorSettings(backend="openvino"))
+    assert prior.openvino is not None
+    return prior
 
 
 def test_openvino_has_every_batch_size_and_the_same_bits_again(plain, by_openvino):
@@ -206,6 +211,36 @@ def test_openvino_leaves_gradients_and_other_networks_to_torch(plain, by_openvin
         )
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_openvino_tells_timesteps_apart_as_torch_does(plain, dtype):
+    "ASD's source is a difference of two timesteps, which 8 bits would make one."
+    rows = [301, 302, 515, 600, 601, 777, 999]
+    t, same = torch.tensor(rows), torch.zeros(len(rows), dtype=torch.long)
+    tokens = plain.encode_text(["a red ball"]).tokens[same]
+    x = torch.randn(1, *plain.latent_shape, generator=torch.Generator().manual_seed(0))[same]
+    settings = [PriorSettings(dtype, backend=backend) for backend in ("openvino", "torch")]
+    ours, theirs = (StableDiffusionPrior.from_pretrained(settings=each) for each in settings)
+    with torch.no_grad():
+        exact, by_torch, found = (p.predict_noise(x, t, tokens) for p in (plain, theirs, ours))
+    for i in range(len(rows)):
+        assert apart(found[i], exact[i]) < max(1.3 * apart(by_torch[i], exact[i]), ROUNDING)
+    assert not torch.equal(found[3], found[4])
+
+
+def test_a_unet_that_openvino_cannot_run(monkeypatch):
+    def fails(*_):
+        raise RuntimeError("no rule for this layer.\nA traceback")
+
+    monkeypatch.setattr(openvino_unet, "OpenVINOUNet", fails)
+    monkeypatch.setattr("platform.machine", lambda: "x86_64")
+    said = "OpenVINO cannot run this U-Net (no rule for this layer"
+    with pytest.raises(UsageError, match=re.escape(said)):
+        StableDiffusionPrior.from_pretrained(settings=PriorSettings(backend="openvino"))
+    with pytest.warns(UserWarning, match=re.escape(said)):
+        prior = StableDiffusionPrior.from_pretrained(settings=PriorSettings(backend="auto"))
+    assert prior.openvino is None
+
+
 def test_openvino_in_several_threads(by_openvino):
     given = queries(by_openvino)
     call = torch.no_grad()(lambda part: by_openvino.predict_noise(*part))
@@ -242,6 +277,8 @@ def test_openvino_trains(tmp_path):
         )
     assert torch.equal(runs[0], runs[1])
     assert 0 < apart(runs[0], runs[2]) < 1e-3
+    more = [*small, "--prior-settings.backend", "torch", "--steps", "3", "--eval-views", "0"]
+    assert run_command([*more, "--resume", "--out", str(tmp_path / "b")]) == 0
 
 
 def test_half_precision_trains_and_float16_on_a_cpu_is_refused_before_the_folder(tmp_path, capsys):

@@ -115,7 +115,7 @@ def train_and_evaluate(options: Train) -> str:
     "Train, print the metrics of the result, and return the line that names the run folder."
     from scaledreamer.core.processes import launched
     from scaledreamer.training.memory_estimate import memory_line
-    from scaledreamer.training.method_defaults import describe_method
+    from scaledreamer.training.method_defaults import describe_method, is_toybox_prior
     from scaledreamer.training.trackers import Trackers
     from scaledreamer.training.trainer import run_training
 
@@ -123,14 +123,16 @@ def train_and_evaluate(options: Train) -> str:
     check_place(folder, "--out")
     scorers, checked = (), False
     if options.eval_views and options.clip:  # a wrong name is found before the prior is opened
-        from scaledreamer.commands.evaluate import named_scorers, scorers_for
+        from scaledreamer.commands.evaluate import named_scorers
 
         scorers = named_scorers(options.clip, best_device(settings.device))
 
     def starting(run):
         nonlocal scorers, checked
         print(describe_method(run.settings), memory_line(run), *run.trackers.places(), sep="\n")
-        if scorers:
+        if scorers or (options.eval_views and not is_toybox_prior(run.prior)):
+            from scaledreamer.commands.evaluate import scorers_for
+
             scorers, checked = scorers_for(run, scorers), True
 
     if options.resume and not folder.exists():

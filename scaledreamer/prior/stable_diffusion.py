@@ -26,11 +26,12 @@ from .execution import PriorSettings, apply_execution
 from .flow_schedule import FlowSchedule, schedule_of
 from .latents import eps_of, image_latents, latent_images, run_unet, try_out
 from .open_pipeline import TINY, OpenedPipeline, open_pipeline
-from .openvino_unet import OpenVINOUNet
+from .openvino_unet import OpenVINOUNet, try_openvino
 from .pipeline_fit import latent_sizes
 from .pipeline_parts import PREDICTION_TYPES
 from .pipeline_source import local_pipeline, pipeline_source
 from .pipelines import quiet
+from .prior_settings import uses_openvino
 from .schedule import NoiseSchedule
 
 # %% ../../nbs/30_prior/90_stable_diffusion.ipynb #4c8f44b8
@@ -239,9 +240,10 @@ class StableDiffusionPrior(PipelineParts):
 
     def apply_settings(self) -> None:
         super().apply_settings()
-        if self.plain_unet and self.settings.uses_openvino(self.unet.device):
+        if self.plain_unet and uses_openvino(self.settings, self.unet.device):
             text_shape = self.text.window, self.unet.config.cross_attention_dim
-            self.openvino = OpenVINOUNet(self.unet, self.latent_shape, text_shape)
+            required = self.settings.backend == "openvino"
+            self.openvino = try_openvino(self.unet, self.latent_shape, text_shape, required)
 
     def raw_output(
         self, unet: UNet2DConditionModel, x_t: Tensor, t: Tensor, tokens: Tensor, *args, **options

@@ -98,7 +98,7 @@ _FREE |= {f"corpus_settings.{name}" for name in ("column", "corpus_folder")}  # 
 _FREE |= {f"corpus_settings.{name}" for name in ("drop_near_duplicates", "cut_prompts")}
 _FREE |= {f"render.{name}_rays_per_chunk" for name in ("train", "eval")} | {"optim.accumulate"}
 _FREE |= {f"prior_settings.{name}" for name in ("dtype", "channels_last", "compile", "graphs")}
-_FREE |= {f"prior_settings.{name}" for name in ("shared_text", "vae_checkpoint")}
+_FREE |= {f"prior_settings.{name}" for name in ("shared_text", "vae_checkpoint", "backend")}
 _BEFORE_CHECKPOINT = {"config.json", "prompts.jsonl", "metrics.jsonl", "import.json"}
 _BEFORE_CHECKPOINT |= {RENDERS_FILE, TEXTS_FILE, TRACK_FOLDER, "validation", "checkpoints"}
 

@@ -25,14 +25,15 @@ Views = Float[Tensor, "v 3 size size"]
 
 
 def toybox_views(text: str, cameras: Cameras, size: int = 64) -> Views:
-    "Of the true object of a caption of Toybox."
+    "Views of the true object of a caption of Toybox."
     return render_object(object_of(text), cameras, size).over(torch.ones(3)).movedim(-1, 1)
 
 
 @torch.no_grad()
 def trained_views(run: Run, text: str, cameras: Cameras, size: int = 64) -> Views:
-    "Of what a run makes of a text, with the renderer of its training."
-    return render_views(run.scene([text]), cameras, size, size, run.settings.render).rgb[0]
+    "Views of what a run makes of a text, on the CPU, with the renderer of its training."
+    scene, place = run.scene([text]), cameras.to(run.settings.device)
+    return render_views(scene, place, size, size, run.settings.render).rgb[0].cpu()
 
 
 def save_views(path: str | Path, views: Sequence[Views], columns: int) -> None:
