@@ -209,8 +209,7 @@ class StableDiffusionPrior(PipelineParts):
     """A `Prior` from the parts of a Stable Diffusion pipeline.
     Raises `UsageError` for parts that do not fit together."""
 
-    takes_cameras = False
-    plain_unet = True
+    takes_cameras, plain_unet = False, True
     openvino: OpenVINOUNet | None = None
 
     @classmethod
@@ -248,7 +247,6 @@ class StableDiffusionPrior(PipelineParts):
     def raw_output(
         self, unet: UNet2DConditionModel, x_t: Tensor, t: Tensor, tokens: Tensor, *args, **options
     ) -> Tensor:
-        fast = self.openvino if unet is self.unet else None
-        if fast is not None and fast.can_run(x_t, tokens):
-            return fast(x_t, self.schedule.times(t).expand(len(x_t)), tokens)
+        if self.openvino and unet is self.unet and self.openvino.can_run(x_t, tokens):
+            return self.openvino(x_t, self.schedule.times(t).expand(len(x_t)), tokens)
         return super().raw_output(unet, x_t, t, tokens, *args, **options)
