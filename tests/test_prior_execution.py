@@ -223,6 +223,7 @@ def test_openvino_tells_timesteps_apart_as_torch_does(plain, dtype):
     with torch.no_grad():
         exact, by_torch, found = (p.predict_noise(x, t, tokens) for p in (plain, theirs, ours))
     for i in range(len(rows)):
+        # both round to 8 bits, in other places
         assert apart(found[i], exact[i]) < max(1.3 * apart(by_torch[i], exact[i]), ROUNDING)
     assert not torch.equal(found[3], found[4])
 

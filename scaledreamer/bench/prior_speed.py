@@ -7,6 +7,7 @@ __all__ = ['noisy', 'through', 'bare', 'separately', 'together', 'asd_step', 'pr
            'bench_prior']
 
 # %% ../../nbs/85_bench/70_prior_speed.ipynb #84895ed6
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -32,9 +33,9 @@ def noisy(prior: Prior, count: int, device: str) -> Evaluation:
 
 
 @torch.no_grad()
-def through(prior: Prior, x_t: Tensor, t: Tensor, tokens: Tensor) -> Results:
-    "Noise predicted by the prior."
-    return {"noise": prior.predict_noise(x_t, t, tokens)}
+def through(prior: Prior, x_t: Tensor, t: Tensor, tokens: Tensor, result: str = "noise") -> Results:
+    "Noise predicted by the prior, under the name of the result."
+    return {result: prior.predict_noise(x_t, t, tokens)}
 
 
 @torch.no_grad()
@@ -92,25 +93,22 @@ def step_pairs(
     ]
 
 # %% ../../nbs/85_bench/70_prior_speed.ipynb #fc9ea2f2
-def openvino_pairs(count: int) -> list[PairedBenchmark]:
-    "Evaluations on the CPU by OpenVINO against torch; none where `backend` auto is torch."
-    backend, reason = cpu_backend()
-    pairs = []
+def openvino_pairs(counts: Sequence[int]) -> list[PairedBenchmark]:
+    "Batches of evaluations by OpenVINO against torch; none where `backend` auto is torch."
+    (backend, reason), pairs = cpu_backend(), []
     for dtype in dict.fromkeys((torch.float32, half_on_cpu()[0])) if backend == "openvino" else ():
         name = str(dtype).removeprefix("torch.")
         ours, baseline = (
             StableDiffusionPrior.from_pretrained(settings=PriorSettings(name, backend=which))
             for which in ("openvino", "torch")
         )
-        given, kind = noisy(baseline, count, "cpu"), "half " * (dtype != torch.float32)
-
-        def run(prior, given=given, kind=kind):
-            return {f"{kind}noise": through(prior, *given)["noise"]}
-
-        about = {"evaluations": count, "baseline_is": f"torch in {name}; {reason}"}
-        title = f"prior by OpenVINO in {name}, {count} in a batch"
-        pair = PairedBenchmark(title, partial(run, ours), partial(run, baseline), about=about)
-        pairs.append(pair)
+        result = "noise" if dtype == torch.float32 else "half noise"
+        for count in counts:
+            given = noisy(baseline, count, "cpu")
+            one, other = (partial(through, prior, *given, result) for prior in (ours, baseline))
+            about = {"evaluations": count, "baseline_is": f"torch in {name}; {reason}"}
+            title = f"prior by OpenVINO in {name}, {count} in a batch"
+            pairs.append(PairedBenchmark(title, one, other, about=about))
     return pairs
 
 # %% ../../nbs/85_bench/70_prior_speed.ipynb #83006354
@@ -129,6 +127,8 @@ def bench_prior(device: str = "cpu", quick: bool = False) -> list[dict[str, Any]
     for images in (1,) if quick else (1, 4):
         for pair in step_pairs(prior, sharing, images, device):
             rows.append(compare(pair, device, rounds))
-    for count in () if device != "cpu" else (2,) if quick else (4, 12):
-        rows += [compare(pair, device, rounds) for pair in openvino_pairs(count)]
+    if device == "cpu":
+        rows += [
+            compare(pair, device, rounds) for pair in openvino_pairs((2,) if quick else (4, 12))
+        ]
     return rows
