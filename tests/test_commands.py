@@ -21,7 +21,7 @@ OWN = {  # options of the commands themselves, not of settings that other module
         *("{points,images}", "--out", "--methods", "--seeds", "--steps", "--count", "--guidance"),
         *("--eta", "--shift", "--prior", "--text", "--defects", "--description"),
     ),
-    "experiment": ("[STR]", "--out", "--processes", "--quick", "--list"),
+    "experiment": ("[STR]", "--out", "--processes", "--earlier", "--quick", "--list"),
     "embed": ("STR", "--prior", "--out", "--padded", "--device"),
     "corpus": ("STR", "--column", "--corpus-folder", "--prior", "--examples"),
     "make-prior": ("--out", "--clip-steps"),

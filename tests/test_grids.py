@@ -8,10 +8,10 @@ import time
 
 import pytest
 
-from scaledreamer.core.settings import UsageError
+from scaledreamer.core.settings import RunError, UsageError
 from scaledreamer.grids.experiments import run_grid
 from scaledreamer.grids.named_grids import EXPERIMENTS
-from scaledreamer.grids.grid import Grid, seed_axis
+from scaledreamer.grids.grid import Grid, Training, seed_axis
 from scaledreamer.grids.commands import read_outcome
 from scaledreamer.grids.results import read_grid_results, results_table
 from scaledreamer.training.presets import PRESETS
@@ -57,6 +57,21 @@ def test_a_grid_that_is_killed_goes_on_and_has_the_same_table(tmp_path):
     table = results_table(rows, "method", {"volume_iou": "IoU"}, control="ASD")
     names = [line.split(" | ")[0].strip("| ") for line in table.splitlines()[2:]]
     assert names[:3] == ["ASD", "SDS", "truth"] and "| SDS | 1 |" in table
+
+
+def test_a_grid_goes_on_from_the_table_of_another_machine(tmp_path):
+    first, second = GRID.trainings()
+    other = {**SHORT, "generator": "ingp", "prompts-per-step": 1, "method": "asd", "seed": 1}
+    rows = run_grid([first, second], tmp_path / "one", show=False)
+    more = [first, Training({"seed": "1", "method": "ASD"}, other), second]
+    table = tmp_path / "one/results.parquet"
+    joined = run_grid(more, tmp_path / "two", show=False, earlier=table)
+    assert [joined[0], joined[2]] == rows and joined[1]["seed"] == "1"
+    assert read_grid_results(tmp_path / "two/results.parquet") == joined
+    assert [path.name for path in (tmp_path / "two/outcomes").iterdir()] == ["1_ASD.json"]
+    with pytest.raises(RunError, match="nothing.parquet"):
+        run_grid(more, tmp_path / "three", earlier=tmp_path / "nothing.parquet")
+    assert not (tmp_path / "three").exists()
 
 
 def test_an_interrupted_grid_stops_its_trainings_and_a_second_one_is_refused(tmp_path):
