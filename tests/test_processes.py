@@ -121,20 +121,21 @@ def test_a_signal_at_one_process_interrupts_all_after_a_checkpoint(found):
     assert found[0]["interrupted"] == found[1]["interrupted"] == [1]
 
 
-def steps_of(folder):
-    "Rows of metrics, and the tensors of the newest checkpoint, by file and name."
-    newest = max(path for path in (folder / "checkpoints").iterdir())
-    files = {path.name: load_file(path) for path in newest.glob("*.safetensors")}
-    return read_rows(folder / "metrics.jsonl"), {
+def steps_of(folder, steps):
+    "Rows of metrics, and the tensors of the checkpoint after so many steps, by file and name."
+    checkpoint = folder / "checkpoints" / f"{steps:06d}"
+    files = {path.name: load_file(path) for path in checkpoint.glob("*.safetensors")}
+    assert files
+    return read_rows(folder / "metrics.jsonl")[:steps], {
         f"{file}: {name}": value
         for file, tensors in files.items()
         for name, value in tensors.items()
     }
 
 
-def assert_same_training(one, other, rtol, weights):
+def assert_same_training(one, other, rtol, weights, steps=3):
     "`weights`: greatest difference of a weight or an average, over the greatest of its tensor."
-    (rows, tensors), (other_rows, others) = steps_of(one), steps_of(other)
+    (rows, tensors), (other_rows, others) = steps_of(one, steps), steps_of(other, steps)
     assert len(rows) == len(other_rows) and tensors.keys() == others.keys()
     for row, another in zip(rows, other_rows):
         assert another == pytest.approx(row, rel=rtol, abs=1e-6)
@@ -145,6 +146,7 @@ def assert_same_training(one, other, rtol, weights):
 
 def test_sharded_weights_train_as_whole_ones(one, two):
     assert_same_training(two / "triplane", two / "sharded/triplane", rtol=1e-5, weights=1e-5)
+    assert_same_training(one[0] / "triplane", two / "sharded/half", 1e-4, weights=1e-4, steps=2)
     # as far as one process and two agree without shards: rounding may move a sample past an edge
     assert_same_training(one[0] / "triplane", two / "sharded/triplane", rtol=1e-4, weights=1e-2)
     test_only_the_main_process_writes((two / "sharded", None), two, "triplane")

@@ -24,7 +24,7 @@ class Experiment:
     name: tyro.conf.Positional[str] = ""  # experiment to run, one of those that --list names
     out: Path | None = None  # folder of its runs and table; None: experiments/NAME
     processes: int = 1  # trainings at a time, from 1 to 1024; the cores are divided among them
-    earlier: Path | None = None  # a results file of it: trainings in it are not run again
+    earlier: Path | None = None  # a results file: its trainings are not run again
     quick: bool = False  # a short version: a check that it runs, no result
     list: bool = False  # list the experiments and the number of their trainings, and exit
 

@@ -106,20 +106,27 @@ EXACT_PROMPTS = ("a red car", "a yellow chair", "a pink head", "a green mug", "a
 
 def exact() -> Grid:
     "Methods on the exact prior of Toybox: an iNGP per object, four views per step, or one."
-    twins = {name: row for name, row in _twins().items() if not name.startswith("ASD,")}
+    twins = _twins()
     rows = {
         "SDS, guidance 1": {"method": "sds", "distill.guidance": 1, "distill.weight": 1},
         "CSD": {"method": "csd", "distill.weight": 1},
-        **twins,
+        **{name: twins[name] for name in ("ASD", "SDS, twin", "SDS, control")},
     }
-    views = {name: row | {"views-per-prompt": 4} for name, row in rows.items()}
-    for name in ("ASD", "SDS, twin"):
-        views[f"{name}, one view"] = rows[name] | {"views-per-prompt": 1}
+    several = {name: row | {"views-per-prompt": 4} for name, row in rows.items()}
+    pair = ("ASD", "SDS, twin")
+    single = {f"{name}, one view": rows[name] | {"views-per-prompt": 1} for name in pair}
+    common = {
+        "prior": "mixture",
+        "generator": "ingp",
+        "early-resolution": "None",
+        "resolution": 32,
+        "prompts-per-step": 1,
+        "steps": 200,
+        "validate-every": 200,
+        "eval-views": 8,
+    }
     objects = {text: {"prompt": [text]} for text in EXACT_PROMPTS}
-    sizes = {"early-resolution": "None", "resolution": 32, "prompts-per-step": 1}
-    lengths = {"steps": 200, "validate-every": 200, "eval-views": 8}
-    common = {"prior": "mixture", "generator": "ingp", **sizes, **lengths}
-    axes = {"seed": seed_axis(range(6)), "object": objects, "method": views}
+    axes = {"seed": seed_axis(range(6)), "object": objects, "method": several | single}
     return Grid(exact.__doc__, common, axes, {"steps": 2, "eval-views": 1})
 
 # %% ../../nbs/87_grids/35_named_grids.ipynb #f5631641
