@@ -51,6 +51,7 @@ setup(
         "lab": lab,
         "texture": cfg["texture_requirements"].split(),
         "lpips": cfg["lpips_requirements"].split(),
+        "search": cfg["search_requirements"].split(),
         "openvino": cfg["openvino_requirements"].split(),
         "tracking": cfg["tracking_requirements"].split(),
         "dev": cfg["dev_requirements"].split(),

@@ -6,13 +6,16 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 
 from scaledreamer.core.settings import RunError, UsageError
 from scaledreamer.grids.experiments import run_grid
 from scaledreamer.grids.named_grids import EXPERIMENTS
+from scaledreamer.grids.named_searches import SEARCHES
 from scaledreamer.grids.grid import Grid, Training, seed_axis
 from scaledreamer.grids.commands import read_outcome
+from scaledreamer.grids.search import Search, generation_values, log_dimension, run_search
 from scaledreamer.grids.results import read_grid_results, results_table
 from scaledreamer.training.presets import PRESETS
 
@@ -99,13 +102,46 @@ def test_a_failed_training_says_why_and_is_tried_again(tmp_path):
     assert log.count("--steps") == 2
 
 
+SEARCH = Search(
+    "The learning rate.",
+    {**SHORT, "generator": "ingp", "prompts-per-step": 1},
+    {"optim.lr": log_dimension(1e-3, 2)},
+    metric="volume_iou",
+    population=2,
+    generations=2,
+)
+
+
+def test_a_search_goes_on_where_it_stopped_and_proposes_the_same(tmp_path):
+    rows = run_search(SEARCH, tmp_path, show=False)
+    assert read_grid_results(tmp_path / "results.parquet") == rows
+    rates = [row["command"].partition("--optim.lr ")[2].split()[0] for row in rows]
+    assert len(set(rates)) == 4 and [row["seed"] for row in rows] == ["0", "0", "1", "1"]
+    assert generation_values(SEARCH, rows) == [
+        [row["volume_iou"] for row in rows[:2]],
+        [row["volume_iou"] for row in rows[2:]],
+    ]
+    (tmp_path / "results.parquet").unlink()
+    (tmp_path / "generation-1/outcomes/1_1_all.json").unlink()
+    again = run_search(SEARCH, tmp_path, show=False)
+    assert [row["command"] for row in again] == [row["command"] for row in rows]
+    with pytest.raises(UsageError, match="has a grid in which 0_0_all is"):
+        run_search(SEARCHES["law"](), tmp_path, show=False)
+
+
 @pytest.mark.parametrize("quick", [False, True])
-@pytest.mark.parametrize("name", EXPERIMENTS)
+@pytest.mark.parametrize("name", [*EXPERIMENTS, *SEARCHES])
 def test_the_options_of_named_grids_are_those_of_train(name, quick):
     from scaledreamer.commands.cli import parse
     from scaledreamer.grids.grid import option_words
 
-    for training in EXPERIMENTS[name]().trainings(quick):
+    if name in EXPERIMENTS:
+        trainings = EXPERIMENTS[name]().trainings(quick)
+    else:
+        search = SEARCHES[name]()
+        corners = np.array([[-2.0], [2.0]]).repeat(len(search.dimensions), axis=1)
+        trainings = search.trainings(1, list(corners), quick)
+    for training in trainings:
         command = parse(["train", *option_words(training.options)])
         assert command.settings.seed == int(training.labels["seed"])
         assert command.settings != PRESETS["toybox"]()

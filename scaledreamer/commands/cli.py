@@ -63,7 +63,7 @@ COMMANDS = {  # name: module and class, and what it does
 COMMANDS |= {
     "experiment": (
         "experiment.Experiment",
-        "Run a named grid of trainings and collect the results of all in one table.",
+        "Run a named grid of trainings, or a search, and collect the results of all in one table.",
     ),
     "embed": (
         "embed.Embed",

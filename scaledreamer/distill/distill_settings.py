@@ -13,6 +13,7 @@ from ..core.settings import Interval, UsageError, check_range, check_ranges
 from ..core.settings import check_rising
 from .conditioning import ViewPrompting
 from .log_snr_shift import LogSNRShift
+from .score_law import ScoreLaw
 from .shift import ShiftSchedule, deterministic_shift, random_shift
 from .timesteps import TimestepWindow, annealed_window
 from ..prior.flow_schedule import FlowSchedule
@@ -77,7 +78,7 @@ class QuerySettings:
 
 # %% ../../nbs/35_distill/45_distill_settings.ipynb #1b12e475
 @dataclass(frozen=True)
-class DistillSettings(QuerySettings):
+class DistillSettings(ScoreLaw, QuerySettings):
     "How the noise predictions of the prior become a gradient in a training run."
 
     # classifier-free guidance scale of the target prediction, from -10000 to 10000; auto: the
@@ -103,7 +104,8 @@ class DistillSettings(QuerySettings):
     bridge_start: float = 0.8
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        ScoreLaw.__post_init__(self)
+        QuerySettings.__post_init__(self)
         for name, interval in (
             ("guidance", Interval(-1e4, 1e4)),
             ("weight", Interval(0, 1e6, "low")),

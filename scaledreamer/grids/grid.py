@@ -57,6 +57,11 @@ class Grid:
     axes: Mapping[str, Mapping[str, Options]]  # by axis and label
     quick: Options = field(default_factory=dict)  # of a short version, in place of the others
 
+    @property
+    def size(self) -> int:
+        "The number of its trainings."
+        return len(self.trainings())
+
     def trainings(self, quick: bool = False) -> list[Training]:
         "Every training. Raises `UsageError` where two axes set one option or two names are equal."
         found = []

@@ -25,7 +25,8 @@ def perpendicular(x: Float[Tensor, "b ..."], y: Float[Tensor, "b ..."]) -> Float
 def classifier_free_guidance(
     unconditional: Float[Tensor, "b ..."],  # eps without text
     conditional: Float[Tensor, "b ..."],  # eps with the text
-    scale: float,  # 0: without text, 1: the text alone, 7.5 is usual for sampling
+    # 0: without text, 1: the text alone, 7.5 is usual for sampling; one number, or one per item
+    scale: float | Float[Tensor, " b"],
     negatives: Sequence[Float[Tensor, "b ..."]] = (),  # eps of each negative text
     weights: Float[Tensor, "b k"] | None = None,  # of the negatives; below 0 pushes away
 ) -> Float[Tensor, "b ..."]:
@@ -35,4 +36,6 @@ def classifier_free_guidance(
     for k, negative in enumerate(negatives):
         weight = expand_per_item(weights[:, k].to(direction.dtype), direction)
         total = total + weight * perpendicular(negative - unconditional, direction)
+    if isinstance(scale, Tensor):
+        scale = expand_per_item(scale.to(total), total)
     return unconditional + scale * total

@@ -170,6 +170,10 @@ def describe_method(settings: TrainSettings) -> str:
     scale = " then ".join(f"{x:g}" for x in scales) + ", as in its paper"
     if distill.guidance is not None:
         scale = f"{distill.guidance:g}"
+    if not distill.is_constant:
+        slopes = (distill.guidance_over_t, distill.guidance_over_run)
+        slopes += (distill.weight_over_t, distill.weight_over_run)
+        scale += ", changing by " + ", ".join(f"{slope:+g}" for slope in slopes)
     texts = {"nfsd": distill.nfsd_negative_prompt, "bridge": distill.bridge_source_prompt}
     subtracted = f", subtracted text {texts[method]!r}" if method in texts else ""
     return (
