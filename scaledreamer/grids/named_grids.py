@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FRONT_PROMPTS', 'ABLATIONS', 'EXACT_PROMPTS', 'DEVELOPMENT_PROMPTS', 'TRIALS', 'BEST_TRIALS', 'BUDGETS',
            'EXPERIMENTS', 'fronts', 'ablation', 'identity', 'exact', 'tuning', 'methods', 'budget', 'literal',
-           'single_prompt']
+           'single_prompt', 'corpora']
 
 # %% ../../nbs/87_grids/35_named_grids.ipynb #de726d65
 from collections.abc import Mapping
@@ -251,6 +251,20 @@ def single_prompt() -> Grid:
     quick = {"steps": 2, "eval-views": 1}
     return Grid(single_prompt.__doc__, common, axes, quick)
 
+# %% ../../nbs/87_grids/35_named_grids.ipynb #802640a6
+def corpora() -> Grid:
+    "Tuned methods on 120, 800 and 2,520 prompts, in 1,500 steps; trained and new prompts."
+    names = ("toybox-120", "toybox-800", "toybox-2520")
+    length = {"steps": 1500, "validate-every": 1500}
+    common = {**_PLAIN, **length, "eval-views": 4, "eval-corpus": "toybox-held-out"}
+    axes = {
+        "seed": seed_axis(range(3)),
+        "corpus": {name: {"corpus": name} for name in names},
+        "method": {name: TRIALS[name] for name in BEST_TRIALS},
+    }
+    quick = {"steps": 2, "eval-views": 1, "eval-corpus": "toybox-unseen"}
+    return Grid(corpora.__doc__, common, axes, quick)
+
 # %% ../../nbs/87_grids/35_named_grids.ipynb #767f0a00
 EXPERIMENTS = {
     "fronts": fronts,
@@ -262,4 +276,5 @@ EXPERIMENTS = {
     "budget": budget,
     "literal": literal,
     "single": single_prompt,
+    "corpora": corpora,
 }

@@ -40,8 +40,18 @@ def _is_row(row: Any) -> bool:
 
 
 def training_rows(training: Training, folder: Path) -> list[dict[str, Any]]:
-    "A row per prompt from the evaluation in a run folder. Raises `RunError` where it is damaged."
-    path = folder / "eval.json"
+    """A row per prompt from the evaluations in a run folder; metrics of a prompt of another corpus
+    end in ' (CORPUS)'. Raises `RunError` where one is damaged."""
+    rows = _evaluation_rows(training, folder / "eval.json")
+    for path in sorted(folder.glob("eval-*.json")):
+        ending = f" ({path.stem.removeprefix('eval-')})"
+        kept = ("id", "text", *training.labels, *COSTS, "command")
+        for row in _evaluation_rows(training, path):
+            rows.append({k if k in kept else k + ending: value for k, value in row.items()})
+    return rows
+
+
+def _evaluation_rows(training: Training, path: Path) -> list[dict[str, Any]]:
     result = read_json(path, dict, RunError, _REMEDY)
     about = {name: result.get(name) for name in COSTS} | {"command": training.command}
     plain = lambda row: {k: v for k, v in row.items() if not isinstance(v, (dict, list))}

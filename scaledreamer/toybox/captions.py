@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['THING', 'CAPTION', 'SIZE_SCALES', 'RELATIONS', 'TOYBOX_15', 'TOYBOX_800', 'TOYBOX_UNSEEN', 'CORPORA', 'Caption',
-           'object_of', 'is_unseen_pair', 'is_unseen', 'singles', 'draw_pairs', 'draw_unseen', 'random_caption']
+           'object_of', 'is_unseen_pair', 'is_unseen', 'singles', 'draw_pairs', 'draw_unseen', 'draw_new_pairs',
+           'random_caption']
 
 # %% ../../nbs/25_toybox/30_captions.ipynb #7d1e177f
 import random
@@ -122,8 +123,22 @@ def draw_unseen(seed: int) -> tuple[str, ...]:
     return tuple(text for text in texts if is_unseen(text))
 
 
+def draw_new_pairs(count: int, seed: int) -> tuple[str, ...]:
+    "Two-part captions of pairs that `make-prior` renders and `toybox-800` does not have."
+    known, drawn = {*TOYBOX_800}, draw_pairs(2 * count, seed)
+    return tuple(text for text in drawn if not is_unseen(text) and text not in known)[:count]
+
+
 TOYBOX_UNSEEN = draw_unseen(seed=0)
-CORPORA = {"toybox-15": TOYBOX_15, "toybox-800": TOYBOX_800, "toybox-unseen": TOYBOX_UNSEEN}
+_NEW_PAIRS = draw_new_pairs(2620, seed=2520)
+CORPORA = {
+    "toybox-15": TOYBOX_15,
+    "toybox-120": tuple(dict.fromkeys((*TOYBOX_15, *TOYBOX_800[::7])))[:120],
+    "toybox-800": TOYBOX_800,
+    "toybox-2520": _NEW_PAIRS[:2520],
+    "toybox-held-out": _NEW_PAIRS[2520:],
+    "toybox-unseen": TOYBOX_UNSEEN,
+}
 
 # %% ../../nbs/25_toybox/30_captions.ipynb #f4572dc4
 def random_caption(rng: random.Random) -> str:

@@ -53,7 +53,7 @@ class TrainSettings:
 
     # tiny-sd, tiny-mv, mixture, or the folder, file or hub id of a Stable Diffusion or MVDream
     prior: str = "tiny-sd"
-    # toybox-15, -800, -100k or -unseen; MG15, DF415, AT2520, DL17k, CP100k; or a file of prompts
+    # toybox-15, -120, -800, -2520, -100k, -unseen; MG15, DF415, AT2520, DL17k, CP100k; or a file
     corpus: str = "toybox-15"
     corpus_settings: Annotated[CorpusSettings, tyro.conf.arg(name="")] = CorpusSettings()
     # prompts themselves, in place of a corpus: --prompt "a red car" "a blue house"
