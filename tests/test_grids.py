@@ -16,7 +16,7 @@ from scaledreamer.grids.named_searches import SEARCHES
 from scaledreamer.grids.grid import Grid, Training, seed_axis
 from scaledreamer.grids.commands import read_outcome
 from scaledreamer.grids.search import Search, generation_values, log_dimension, run_search
-from scaledreamer.grids.results import read_grid_results, results_table
+from scaledreamer.grids.results import read_grid_results, results_table, write_grid_results
 from scaledreamer.training.presets import PRESETS
 
 SHORT = {"prompt": ["a red ball"], "resolution": 16, "steps": 4, "eval-views": 1}
@@ -113,20 +113,25 @@ SEARCH = Search(
 
 
 def test_a_search_goes_on_where_it_stopped_and_proposes_the_same(tmp_path):
-    rows = run_search(SEARCH, tmp_path, show=False)
-    assert read_grid_results(tmp_path / "results.parquet") == rows
+    rows = run_search(SEARCH, tmp_path / "one", show=False)
+    assert read_grid_results(tmp_path / "one/results.parquet") == rows
     rates = [row["command"].partition("--optim.lr ")[2].split()[0] for row in rows]
     assert len(set(rates)) == 4 and [row["seed"] for row in rows] == ["0", "0", "1", "1"]
     assert generation_values(SEARCH, rows) == [
         [row["volume_iou"] for row in rows[:2]],
         [row["volume_iou"] for row in rows[2:]],
     ]
-    (tmp_path / "results.parquet").unlink()
-    (tmp_path / "generation-1/outcomes/1_1_all.json").unlink()
-    again = run_search(SEARCH, tmp_path, show=False)
+    table = tmp_path / "first.parquet"
+    write_grid_results(table, rows[:2])
+    again = run_search(SEARCH, tmp_path / "two", show=False, earlier=table)
     assert [row["command"] for row in again] == [row["command"] for row in rows]
+    assert not [*(tmp_path / "two/generation-0/outcomes").iterdir()]
+    (tmp_path / "one/results.parquet").unlink()
+    assert run_search(SEARCH, tmp_path / "one", show=False) == rows
+    with pytest.raises(UsageError, match="no training with a command of this grid"):
+        run_search(SEARCHES["law"](), tmp_path / "three", earlier=table)
     with pytest.raises(UsageError, match="has a grid in which 0_0_all is"):
-        run_search(SEARCHES["law"](), tmp_path, show=False)
+        run_search(SEARCHES["law"](), tmp_path / "one", show=False)
 
 
 @pytest.mark.parametrize("quick", [False, True])

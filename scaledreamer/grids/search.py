@@ -19,7 +19,7 @@ from ..core.folder_lock import locked_folder
 from ..core.settings import RunError
 from .experiments import ResultRow, run_grid, start_grid
 from .grid import Options, Training
-from .results import write_grid_results
+from .results import read_grid_results, write_grid_results
 
 # %% ../../nbs/87_grids/42_search.ipynb #328bf946
 @dataclass(frozen=True)
@@ -125,8 +125,9 @@ def run_search(
 ) -> list[ResultRow]:
     """Run what has not been so far of all generations; returns the rows of `results.parquet`.
 
-    Raises `UsageError` for a folder of something else."""
+    Raises `UsageError` for a folder of something else, or earlier results of another search."""
     folder, rows, values = Path(folder), [], []
+    known = {row["command"] for row in read_grid_results(Path(earlier))} if earlier else set()
     with locked_folder(folder):
         for generation in range(2 if quick else search.generations):
             candidates, *_ = cma_es(len(search.dimensions), search.population, values)
@@ -134,7 +135,8 @@ def run_search(
             if not generation:
                 start_grid(folder, trainings)
             own = folder / f"generation-{generation}"
-            found = run_grid(trainings, own, processes, show, earlier)
+            new = generation and known.isdisjoint(training.command for training in trainings)
+            found = run_grid(trainings, own, processes, show, None if new else earlier)
             rows += found
             values.append(candidate_values(found, search.metric, search.population))
             write_grid_results(folder / "results.parquet", rows)
