@@ -15,7 +15,8 @@ from scaledreamer.grids.named_grids import EXPERIMENTS
 from scaledreamer.grids.named_searches import SEARCHES
 from scaledreamer.grids.grid import Grid, Training, seed_axis
 from scaledreamer.grids.commands import read_outcome
-from scaledreamer.grids.search import Search, generation_values, log_dimension, run_search
+from scaledreamer.grids.search import Search, cma_es, generation_values, log_dimension
+from scaledreamer.grids.search import run_search
 from scaledreamer.grids.results import read_grid_results, results_table, write_grid_results
 from scaledreamer.training.presets import PRESETS
 
@@ -112,24 +113,29 @@ SEARCH = Search(
 )
 
 
-def test_a_search_goes_on_where_it_stopped_and_proposes_the_same(tmp_path):
-    rows = run_search(SEARCH, tmp_path / "one", show=False)
-    assert read_grid_results(tmp_path / "one/results.parquet") == rows
-    rates = [row["command"].partition("--optim.lr ")[2].split()[0] for row in rows]
-    assert len(set(rates)) == 4 and [row["seed"] for row in rows] == ["0", "0", "1", "1"]
-    assert generation_values(SEARCH, rows) == [
-        [row["volume_iou"] for row in rows[:2]],
-        [row["volume_iou"] for row in rows[2:]],
+def test_a_search_goes_on_from_another_table_and_proposes_the_same(tmp_path):
+    first = SEARCH.trainings(0, cma_es(1, 2)[0])
+    known = [
+        {**training.labels, "id": "0", "text": "", "volume_iou": iou, "command": training.command}
+        for training, iou in zip(first, (0.2, 0.6))
     ]
-    table = tmp_path / "first.parquet"
-    write_grid_results(table, rows[:2])
-    again = run_search(SEARCH, tmp_path / "two", show=False, earlier=table)
-    assert [row["command"] for row in again] == [row["command"] for row in rows]
-    assert not [*(tmp_path / "two/generation-0/outcomes").iterdir()]
-    (tmp_path / "one/results.parquet").unlink()
-    assert run_search(SEARCH, tmp_path / "one", show=False) == rows
+    write_grid_results(tmp_path / "known.parquet", known)
+    rows = run_search(SEARCH, tmp_path / "one", show=False, earlier=tmp_path / "known.parquet")
+    assert [row["seed"] for row in rows] == ["0", "0", "1", "1"]
+    assert not [*(tmp_path / "one/generation-0/outcomes").iterdir()]
+    second = SEARCH.trainings(1, cma_es(1, 2, [[0.2, 0.6]])[0])
+    assert [row["command"] for row in rows] == [t.command for t in (*first, *second)]
+    assert len({row["command"] for row in rows}) == 4
+    assert generation_values(SEARCH, rows)[1] == [row["volume_iou"] for row in rows[2:]]
+    assert len(read_grid_results(tmp_path / "one/results.parquet")) == 4
+    again = run_search(SEARCH, tmp_path / "one", show=False, earlier=tmp_path / "known.parquet")
+    assert [row["volume_iou"] for row in again] == [row["volume_iou"] for row in rows]
+
+
+def test_a_search_refuses_other_tables_and_folders(tmp_path):
+    write_grid_results(tmp_path / "other.parquet", [{"command": "scaledreamer train", "id": "0"}])
     with pytest.raises(UsageError, match="no training with a command of this grid"):
-        run_search(SEARCHES["law"](), tmp_path / "three", earlier=table)
+        run_search(SEARCH, tmp_path / "one", earlier=tmp_path / "other.parquet")
     with pytest.raises(UsageError, match="has a grid in which 0_0_all is"):
         run_search(SEARCHES["law"](), tmp_path / "one", show=False)
 

@@ -32,6 +32,7 @@ def run_share(settings: DistillSettings, schedule: NoiseSchedule) -> float:
         raise UsageError("the shift is measured in log-SNR: expected one in timesteps")
     windows = [window(i, schedule.steps) for i in range(WINDOWS)]
     weight = TIMESTEP_WEIGHTS.get(settings.timestep_weight, sds_weight)  # auto: ASD's own
+    weight = settings.weight_at(weight, 0.5)
     return sum(sds_share(shift, schedule, each, weight) for each in windows) / WINDOWS
 
 # %% ../../nbs/35_distill/57_twins.ipynb #88b5add5
