@@ -6,8 +6,8 @@
 __all__ = ['SEARCHES', 'law', 'exact_law']
 
 # %% ../../nbs/87_grids/44_named_searches.ipynb #0bbe1185
-from .grid import Options
 from .named_grids import DEVELOPMENT_PROMPTS, EXACT_PROMPTS
+from .named_grids import EXACT_TRAINING, FULL_PRECISION
 from .search import Dimension, Search, log_dimension
 
 # %% ../../nbs/87_grids/44_named_searches.ipynb #49a5ac77
@@ -19,30 +19,19 @@ _LAW: dict[str, Dimension] = {
     "distill.weight-over-t": Dimension(0, 2),
     "distill.weight-over-run": Dimension(0, 1.5),
 }
-_PLAIN: Options = {"method": "sds", "early-resolution": "None", "prior-settings.dtype": "auto"}
 
 
 def law() -> Search:
     "The law of SDS with the largest IoU on development prompts, in 600 steps."
     length = {"steps": 600, "validate-every": 600, "eval-views": 12}
-    common = {**_PLAIN, **length, "prompt": DEVELOPMENT_PROMPTS}
+    common = {"method": "sds", **FULL_PRECISION, **length, "prompt": DEVELOPMENT_PROMPTS}
     quick = {"prompt": DEVELOPMENT_PROMPTS[:1], "steps": 2, "eval-views": 1}
     return Search(law.__doc__, common, _LAW, quick=quick)
 
 # %% ../../nbs/87_grids/44_named_searches.ipynb #4b111465
 def exact_law() -> Search:
     "The law of SDS with the largest IoU on the exact prior, an iNGP per object in 200 steps."
-    common = {
-        **_PLAIN,
-        "prior": "mixture",
-        "generator": "ingp",
-        "resolution": 32,
-        "prompts-per-step": 1,
-        "views-per-prompt": 4,
-        "steps": 200,
-        "validate-every": 200,
-        "eval-views": 1,
-    }
+    common = {"method": "sds", **EXACT_TRAINING, "views-per-prompt": 4}
     cases = {text: {"prompt": [text]} for text in EXACT_PROMPTS[:3]}
     quick = {"steps": 2}
     return Search(exact_law.__doc__, common, _LAW, cases, quick=quick)

@@ -8,7 +8,7 @@ __all__ = ['TOYBOX_DEFAULTS', 'MethodDefaults', 'is_toybox_prior', 'method_defau
 
 # %% ../../nbs/70_training/32_method_defaults.ipynb #749da5c8
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from inspect import signature
 
 import torch
@@ -17,6 +17,7 @@ from ..camera.poses import FramedCameras, SingleCameras
 from ..core.settings import UsageError
 from ..distill.conditioning import make_conditioning, resolve_view_prompting
 from ..distill.distill_settings import DEFECTS, DESCRIPTION, DistillSettings
+from ..distill.score_law import ScoreLaw
 from ..prior.base import Prior
 from ..prior.mixture import MixturePrior
 from .train_settings import METHODS, TrainSettings, method_of
@@ -171,9 +172,8 @@ def describe_method(settings: TrainSettings) -> str:
     if distill.guidance is not None:
         scale = f"{distill.guidance:g}"
     if not distill.is_constant:
-        slopes = (distill.guidance_over_t, distill.guidance_over_run)
-        slopes += (distill.weight_over_t, distill.weight_over_run)
-        scale += ", changing by " + ", ".join(f"{slope:+g}" for slope in slopes)
+        slopes = {field.name: getattr(distill, field.name) for field in fields(ScoreLaw)}
+        scale += "".join(f", {k.replace('_', ' ')} {v:+g}" for k, v in slopes.items() if v)
     texts = {"nfsd": distill.nfsd_negative_prompt, "bridge": distill.bridge_source_prompt}
     subtracted = f", subtracted text {texts[method]!r}" if method in texts else ""
     return (
