@@ -132,6 +132,13 @@ def test_a_search_goes_on_from_another_table_and_proposes_the_same(tmp_path):
     assert [row["volume_iou"] for row in again] == [row["volume_iou"] for row in rows]
 
 
+def test_a_search_without_its_package_leaves_no_folder(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "cma", None)
+    with pytest.raises(RunError, match="needs the package cma"):
+        run_search(SEARCH, tmp_path / "one", show=False)
+    assert not any(tmp_path.iterdir())
+
+
 def test_a_search_refuses_other_tables_and_folders(tmp_path):
     write_grid_results(tmp_path / "other.parquet", [{"command": "scaledreamer train", "id": "0"}])
     with pytest.raises(UsageError, match="no training with a command of this grid"):

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['FULL_PRECISION', 'FRONT_PROMPTS', 'ABLATIONS', 'EXACT_PROMPTS', 'EXACT_TRAINING', 'DEVELOPMENT_PROMPTS', 'TRIALS',
-           'BEST_TRIALS', 'BUDGETS', 'LAW_FOUND', 'EXPERIMENTS', 'fronts', 'ablation', 'identity', 'exact', 'tuning',
-           'methods', 'budget', 'literal', 'single_prompt', 'corpora', 'law_test']
+           'BEST_TRIALS', 'BUDGETS', 'LAW_FOUND', 'EXACT_LAW_FOUND', 'EXPERIMENTS', 'fronts', 'ablation', 'identity',
+           'exact', 'tuning', 'methods', 'budget', 'literal', 'single_prompt', 'corpora', 'law_test', 'exact_law_test']
 
 # %% ../../nbs/87_grids/35_named_grids.ipynb #de726d65
 from collections.abc import Mapping
@@ -283,6 +283,30 @@ def law_test() -> Grid:
     axes = {"method": {"SDS, law of the search": LAW_FOUND}, "seed": seed_axis(range(6))}
     return Grid(law_test.__doc__, common, axes, {"steps": 2, "eval-views": 1})
 
+# %% ../../nbs/87_grids/35_named_grids.ipynb #43b87174
+EXACT_LAW_FOUND: Options = {
+    "distill.guidance": "1.843",
+    "distill.weight": "0.2791",
+    "distill.guidance-over-t": "3.452",
+    "distill.guidance-over-run": "-1.678",
+    "distill.weight-over-t": "-1.492",
+    "distill.weight-over-run": "0.06265",
+}
+
+
+def exact_law_test() -> Grid:
+    "The law that `experiment exact-law` found, and constant ones, on other objects, as `exact`."
+    constant = {"distill.guidance": 5, "distill.weight": 0.04}
+    rows = {
+        "SDS, guidance 5, weight 0.04": {"method": "sds", **constant},
+        "SDS, guidance 1": {"method": "sds", "distill.guidance": 1, "distill.weight": 1},
+        "SDS, law of the search": {"method": "sds", **EXACT_LAW_FOUND},
+    }
+    methods = {name: row | {"views-per-prompt": 4} for name, row in rows.items()}
+    objects = {text: {"prompt": [text]} for text in (*EXACT_PROMPTS[3:], "a black snowman")}
+    axes = {"seed": seed_axis(range(6)), "object": objects, "method": methods}
+    return Grid(exact_law_test.__doc__, EXACT_TRAINING, axes, {"steps": 2, "eval-views": 1})
+
 # %% ../../nbs/87_grids/35_named_grids.ipynb #767f0a00
 EXPERIMENTS = {
     "fronts": fronts,
@@ -296,4 +320,5 @@ EXPERIMENTS = {
     "single": single_prompt,
     "corpora": corpora,
     "law-test": law_test,
+    "exact-law-test": exact_law_test,
 }

@@ -34,7 +34,7 @@ def exact_law() -> Search:
     common = {"method": "sds", **EXACT_TRAINING, "views-per-prompt": 4}
     cases = {text: {"prompt": [text]} for text in EXACT_PROMPTS[:3]}
     quick = {"steps": 2}
-    return Search(exact_law.__doc__, common, _LAW, cases, quick=quick)
+    return Search(exact_law.__doc__, common, _LAW, cases, generations=6, quick=quick)
 
 
 SEARCHES = {"law": law, "exact-law": exact_law}

@@ -128,6 +128,7 @@ def run_search(
     Raises `UsageError` for a folder of something else, or earlier results of another search."""
     folder, rows, values = Path(folder), [], []
     known = {row["command"] for row in read_grid_results(Path(earlier))} if earlier else set()
+    cma_es(len(search.dimensions), search.population)  # fails without cma, before a folder is made
     with locked_folder(folder):
         for generation in range(2 if quick else search.generations):
             candidates, *_ = cma_es(len(search.dimensions), search.population, values)
