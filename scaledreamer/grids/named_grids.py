@@ -296,13 +296,12 @@ EXACT_LAW_FOUND: Options = {
 
 def exact_law_test() -> Grid:
     "The law that `experiment exact-law` found, and constant ones, on other objects, as `exact`."
-    constant = {"distill.guidance": 5, "distill.weight": 0.04}
-    rows = {
-        "SDS, guidance 5, weight 0.04": {"method": "sds", **constant},
-        "SDS, guidance 1": {"method": "sds", "distill.guidance": 1, "distill.weight": 1},
-        "SDS, law of the search": {"method": "sds", **EXACT_LAW_FOUND},
+    start, score, several = BEST_TRIALS[0], "SDS, guidance 1", {"views-per-prompt": 4}
+    methods = {
+        start: TRIALS[start] | several,
+        score: exact().axes["method"][score],
+        "SDS, law of the search": {"method": "sds", **EXACT_LAW_FOUND, **several},
     }
-    methods = {name: row | {"views-per-prompt": 4} for name, row in rows.items()}
     objects = {text: {"prompt": [text]} for text in (*EXACT_PROMPTS[3:], "a black snowman")}
     axes = {"seed": seed_axis(range(6)), "object": objects, "method": methods}
     return Grid(exact_law_test.__doc__, EXACT_TRAINING, axes, {"steps": 2, "eval-views": 1})
